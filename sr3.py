@@ -1,0 +1,107 @@
+"""SR3, "Image Super-Resolution via Iterative Refinement" (arXiv 2104.07636): the noise levels, Algorithms 1 and 2.
+
+The story in the paper's order. A diffusion adds noise to the high-resolution image y_0 until nothing is left of it
+(section 2.1); the network f_θ learns to tell the noise from the image, with the low-resolution image x beside it to lean
+on (section 2.2, Algorithm 1); and a new image is made by starting from noise alone and taking it away bit by bit
+(section 2.3, Algorithm 2). Images are [B, C, H, W] in [-1, 1]; f_θ is any module called as unet(x, y_t, gamma) with
+gamma of shape [B].
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class SR3(nn.Module):
+    """The diffusion of section 2.1 around a network f_θ: `loss` trains it, `refine` and `sample` draw with it.
+
+    The schedule is β_t = 1 - α_t, linear from `beta_start` to `beta_end` in `num_timesteps` steps, T of the paper.
+    Buffer `gammas`, [T + 1]: γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied up in float64 and then rounded to float32 once.
+    All that follows takes these float32 values for exact, so f_θ is told the very noise level that is in ỹ.
+    """
+
+    def __init__(self, unet: nn.Module, num_timesteps: int = 2000, beta_start: float = 1e-6, beta_end: float = 1e-2):
+        super().__init__()
+        self.unet = unet
+        alphas = 1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        gammas = torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)])  # [T + 1]
+        self.register_buffer("gammas", gammas.float())
+
+    def loss(self, high_res: Tensor, context: Tensor) -> Tensor:
+        """Algorithm 1 for one batch: the mean of (f_θ(x, ỹ, γ) - ε)², equation (6) with p = 2; a scalar.
+
+        `high_res` is y_0 and `context` is x, both [B, C, H, W] in [-1, 1]: line 2 of the algorithm.
+        """
+        # Line 3: γ ~ p(γ): t uniform in 1…T, then γ uniform between γ_t and γ_{t-1} (section 2.4).
+        t = torch.randint(1, len(self.gammas), high_res.shape[:1], device=high_res.device)  # [B]
+        gamma = torch.lerp(self.gammas[t], self.gammas[t - 1], torch.rand_like(self.gammas[t]))  # [B]
+        # Line 4: ε ~ N(0, I), and with it ỹ of equation (5).
+        noise = torch.randn_like(high_res)
+        level = rearrange(gamma, "b -> b 1 1 1")
+        y_noisy = level.sqrt() * high_res + (1 - level).sqrt() * noise
+        # Line 5: what the gradient step is taken on.
+        return F.mse_loss(self.unet(context, y_noisy, gamma), noise)
+
+    @torch.no_grad()
+    def refine(
+        self,
+        context: Tensor,
+        steps: int,
+        variance: str = "posterior",
+        generator: torch.Generator | None = None,
+        y_T: Tensor | None = None,
+    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Algorithm 2: from noise to an image; yields (γ, y_t, ŷ_0) after each step, the last one with γ = 1.
+
+        `context` is x, [B, C, H, W] in [-1, 1]; `steps` is from 1 to T, on the same weights: the noise levels are
+        `steps` of the training's, evenly spaced in t (section 2.4). `variance` is the σ_t² of the noise put back in:
+        "posterior" is equation (4)'s, "forward" the paper's 1 - α_t. `generator` (on x's device) makes the result
+        reproducible; `y_T` starts from that noise instead of drawing it. Raises ValueError where an argument is none of
+        these.
+        """
+        T = len(self.gammas) - 1
+        if not 1 <= steps <= T:
+            raise ValueError(f"steps is {steps}: give a number of refinement steps from 1 to {T}")
+        if variance not in ("posterior", "forward"):
+            raise ValueError(f'variance is {variance!r}: give "posterior" or "forward"')
+
+        def randn():
+            return torch.randn(context.shape, generator=generator, device=context.device)
+
+        gammas = self.gammas.tolist()  # float64, for the arithmetic on levels below
+        gammas = [gammas[i * T // steps] for i in range(steps, -1, -1)]  # [steps + 1], from γ_T to γ_0 = 1
+        y_t = randn() if y_T is None else y_T  # line 1
+        for gamma_t, gamma_s in zip(gammas, gammas[1:]):  # line 2: from level t to the next lower noise level s
+            alpha_t = gamma_t / gamma_s  # what t keeps of s: the α_t of a process that has only these levels
+            with eval_mode(self.unet):
+                noise = self.unet(context, y_t, torch.full_like(context[:, 0, 0, 0], gamma_t))
+            y_0 = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
+            posterior = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)  # σ² of equation (4)
+            sigma = (posterior if variance == "posterior" else 1 - alpha_t) ** 0.5
+            # Lines 3 and 4. The mean is equation (4)'s with ŷ_0 for y_0, which without the clamp is equation (11)'s.
+            y_t = (gamma_s**0.5 * (1 - alpha_t) * y_0 + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
+            if gamma_s < 1:
+                y_t = y_t + sigma * randn()
+            yield gamma_s, y_t, y_0
+
+    def sample(self, context: Tensor, steps: int, **options) -> Tensor:
+        """The last y_t of `refine`, whose arguments it takes: [B, C, H, W] in [-1, 1]."""
+        for _, y_t, _ in self.refine(context, steps, **options):
+            pass
+        return y_t
+
+
+@contextmanager
+def eval_mode(module: nn.Module):
+    """Puts a module and all inside it in eval mode, and afterwards each of them back in the mode it was in."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training

@@ -1,0 +1,320 @@
+"""SR3 on MNIST: learns to draw 32×32 digits from 8×8 ones, and shows them in output/ while it learns.
+
+    python train_mnist.py
+    python train_mnist.py --num_training_steps 1000 --batch_size 64
+    python train_mnist.py --config_path configs/color_digits.toml --output_dir output/color
+    python train_mnist.py --resume
+
+Read it from top to bottom, beside the paper (arXiv 2104.07636): the method is sr3.py, the network unet.py.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.stderr.write("Python is %d.%d: this lesson needs 3.11 or newer\n" % sys.version_info[:2])
+    sys.exit(2)
+
+import argparse
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what an Apple GPU lacks, its CPU does
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import utils
+from metrics import consistency, psnr, ssim
+from sr3 import SR3
+from unet import UNet
+from utils import Config, InputError, downsample, to_float, upsample
+
+HERE = Path(__file__).resolve().parent
+LOG_EVERY = 100  # steps between two rows of log.csv
+LOG_COLUMNS = (
+    "dataset,step,loss,learning_rate,images_per_second,"
+    "psnr,ssim,consistency,bicubic_psnr,bicubic_ssim,bicubic_consistency"
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The flags; they win over the config
+
+
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--config_path", default=HERE / "configs/mnist.toml", help="default: configs/mnist.toml")
+    parser.add_argument("--num_training_steps", type=int, help="how many steps to train, in all")
+    parser.add_argument("--batch_size", type=int, help="images in a step")
+    parser.add_argument("--data_dir", default=HERE / "data", help="where data sets are, or are put; default: data")
+    parser.add_argument("--output_dir", default=HERE / "output", help="where results are put; default: output")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
+    parser.add_argument("--seed", type=int, help="of all random numbers")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
+    return parser.parse_args(arguments)
+
+
+def fail(message: str):
+    """Bad input gets one line, and exit status 2."""
+    print("train_mnist.py: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, else cuda, else mps, else cpu. Raises InputError where it isn't there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
+        raise InputError(f"device {name} is not there ({str(error).splitlines()[0]}); leave out --device to use what is")
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """What autocast uses for the network: with "auto" the fastest type that the machine computes natively."""
+    if name == "float16" and device.type == "cpu":
+        raise InputError('training.precision is "float16" on a CPU, which only emulates it; give "auto"')
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":  # bfloat16 is native since Ampere; a T4 only emulates it
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    cpuinfo = Path("/proc/cpuinfo")  # AMX or AVX512-BF16; Linux tells
+    native = device.type == "cpu" and cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
+    return torch.bfloat16 if native else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data
+
+
+def load_data(config: Config, data_dir: Path) -> tuple[str, Tensor, Tensor]:
+    """The name of the data set, its training and its test images; the config's fallback where it can't be had."""
+    size, channels = config.data.image_size, config.data.channels
+    name = config.data.dataset
+    try:
+        return name, *(utils.load_images(name, data_dir, train, size, channels) for train in (True, False))
+    except utils.DatasetUnavailable as error:
+        name = config.data.fallback
+        if not name:
+            raise
+        line = "!" * 100
+        print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN {name.upper()} INSTEAD.\n{line}", file=sys.stderr)
+    return name, *(utils.load_images(name, data_dir, train, size, channels) for train in (True, False))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def build_model(config: Config) -> SR3:
+    unet = UNet(image_channels=config.data.channels, image_size=config.data.image_size, **asdict(config.model))
+    return SR3(unet, **asdict(config.diffusion))
+
+
+def load_model(checkpoint_path: str | Path, device: str = "cpu") -> SR3:
+    """A trained SR3, with the averaged weights, ready to `sample`. Raises InputError for what is no checkpoint.
+
+    model = load_model("output/checkpoint.pt")
+    images = model.sample(upsample(low_res, 32), steps=25)  # low_res: [B, C, 8, 8] in [-1, 1]
+    """
+    checkpoint = utils.load_checkpoint(checkpoint_path)
+    model = AveragedModel(build_model(utils.parse_config(checkpoint["config"], checkpoint_path)))
+    model.load_state_dict(checkpoint["ema"])
+    return model.module.eval().to(device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pictures
+
+
+def draw(model: SR3, test_images: Tensor, config: Config, autocast: Callable, save: Callable) -> dict[str, float]:
+    """Super-resolve uint8 test images [N, C, H, W] and show it: `save(name, images, columns)` writes one grid.
+
+    Every call starts from the same noise, so that grids differ by the weights alone. Returns the mean metrics.
+    """
+    high_res = to_float(test_images)  # [64, C, H, W]
+    low_res = downsample(high_res, config.data.low_res_size)  # [64, C, h, w]
+    context = upsample(low_res, config.data.image_size)  # [64, C, H, W]
+    generator = torch.Generator(context.device).manual_seed(config.training.seed)  # its own: training stays as it is
+    y_T = torch.randn(context.shape, generator=generator, device=context.device)
+
+    steps = config.sampling.steps
+    shown = {round(i * steps / 7) for i in range(1, 7)}  # of the steps on the way, six are shown in the refinement
+    frames = [y_T[:8]]
+    with autocast():
+        refinement = model.refine(context, steps, config.sampling.variance, generator, y_T)
+        for i, (_, super_res, y_0) in enumerate(refinement, start=1):
+            if i in shown and i < steps:
+                frames.append(y_0[:8])
+
+    pixels = F.interpolate(low_res, high_res.shape[2:], mode="nearest-exact")  # [64, C, H, W], still h × w squares
+    save("hr", high_res, 8)
+    save("lr", pixels, 8)
+    save("sr", super_res, 8)
+    frames = [pixels[:8], *frames, super_res[:8], high_res[:8]]  # one column each
+    save("refinement", torch.stack(frames, dim=1).flatten(0, 1), len(frames))
+
+    results = {}
+    high_res, low_res, super_res, bicubic = map(utils.to_unit, (high_res, low_res, super_res, context))
+    for prefix, images in (("", super_res), ("bicubic_", bicubic)):
+        results[prefix + "psnr"] = psnr(images, high_res).mean().item()
+        results[prefix + "ssim"] = ssim(images, high_res).mean().item()
+        results[prefix + "consistency"] = consistency(images, low_res).mean().item()
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(flags: argparse.Namespace) -> None:
+    config = utils.load_config(
+        flags.config_path, num_training_steps=flags.num_training_steps, batch_size=flags.batch_size, seed=flags.seed
+    )
+    settings = config.training
+    device = choose_device(flags.device)
+    precision = choose_precision(settings.precision, device)
+    autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
+    output_dir = Path(flags.output_dir)
+    checkpoint_path = output_dir / "checkpoint.pt"
+    checkpoint = utils.load_checkpoint(checkpoint_path) if flags.resume else None
+
+    # The data: 60,000 digits are 61 MB, so they lie on the device and batches are indexed from them.
+    dataset, train_images, test_images = load_data(config, Path(flags.data_dir))
+    train_images, test_images = train_images.to(device), test_images[:64].to(device)  # uint8 [N, C, H, W]
+
+    # The model, the average of its weights, which is what draws, and the optimizer.
+    torch.manual_seed(settings.seed)
+    model = build_model(config).to(device)
+    ema = AveragedModel(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)  # keeps small gradients above 0
+
+    step, log = 0, []
+    if checkpoint:
+        utils.check_same_run(checkpoint, config, dataset)
+        step, log = checkpoint["step"], checkpoint["log"]
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        if step >= settings.num_training_steps:
+            raise InputError(f"{checkpoint_path} has done its {step} steps; give a larger --num_training_steps to go on")
+    utils.prepare_output(output_dir, keep=flags.resume)
+    utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
+
+    stop_signals = []  # Ctrl-C and SIGTERM let the step finish; a second one ends the script at once
+
+    def ask_to_stop(signal_number, _):
+        stop_signals.append(signal_number)
+        signal.signal(signal_number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+
+    def save_images(name: str, images: Tensor, columns: int) -> None:
+        path = output_dir / f"{name}-{step:06d}.png"
+        utils.save_grid(path, utils.to_unit(images), columns, description=f"{dataset}, step {step}")
+
+    print(
+        f"{dataset}: {len(train_images):,} images of {config.data.image_size}×{config.data.image_size} from "
+        f"{config.data.low_res_size}×{config.data.low_res_size}; {sum(p.numel() for p in model.parameters()):,} weights; "
+        f"{device.type} in {str(precision).removeprefix('torch.')}; pictures, log and checkpoint: {output_dir}"
+    )
+    progress = tqdm(total=settings.num_training_steps, initial=step, unit="step", dynamic_ncols=True)
+    loss_sum, log_steps, log_start, shown_psnr = torch.zeros((), device=device), 0, time.perf_counter(), "-"
+    stopping = False
+    while step < settings.num_training_steps and not stopping:
+        step += 1
+        torch.manual_seed(hash((settings.seed, step)))  # a step's random numbers are its own: resuming repeats them
+
+        # Algorithm 1, line 2: a pair (x, y_0), the context made from the image itself.
+        indices = torch.randint(len(train_images), (settings.batch_size,), device=device)
+        high_res = to_float(train_images[indices])  # [B, C, H, W]
+        low_res = downsample(high_res, config.data.low_res_size)  # [B, C, h, w]
+        context = upsample(low_res, config.data.image_size)  # [B, C, H, W]
+
+        # Lines 3 to 5: the loss, and one gradient step on it.
+        with autocast():
+            loss = model.loss(high_res, context)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1, step / max(1, settings.warmup_steps))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        ema.multi_avg_fn = get_ema_multi_avg_fn(min(settings.ema_decay, (1 + step) / (10 + step)))  # the young forget
+        ema.update_parameters(model)
+
+        # The log, and now and then the pictures. Only here does the device wait for the script, in `.item()`.
+        progress.update()
+        loss_sum += loss.detach()
+        log_steps += 1
+        stopping = bool(stop_signals)
+        drawing = step % settings.sample_every == 0 or step in settings.early_samples
+        drawing = drawing or stopping or step == settings.num_training_steps
+        if step % 10 and not drawing:
+            continue
+        mean_loss = loss_sum.item() / log_steps  # since the last row
+        images_per_second = log_steps * settings.batch_size / (time.perf_counter() - log_start)
+        progress.set_postfix_str(f"loss {mean_loss:.4f}, {images_per_second:.0f} images/s, PSNR {shown_psnr}")
+        if step % LOG_EVERY and not drawing:
+            continue
+        row = [dataset, step, mean_loss, optimizer.param_groups[0]["lr"], images_per_second]
+        if not (math.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.parameters())):
+            progress.close()
+            sys.exit(f"step {step}: the loss or a weight is not finite (loss {mean_loss}); lower training.learning_rate. "
+                     f"The last checkpoint is as it was: {checkpoint_path}")
+        if drawing:
+            results = draw(ema.module, test_images, config, autocast, save_images)
+            shown_psnr = f"{results['psnr']:.1f} dB"
+            row += results.values()
+        log.append(row)
+        utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
+        if drawing:
+            utils.save_checkpoint(
+                checkpoint_path,
+                {
+                    "config": asdict(config),
+                    "dataset": dataset,
+                    "step": step,
+                    "log": log,
+                    "model": model.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                },
+            )
+        loss_sum.zero_()
+        log_steps, log_start = 0, time.perf_counter()
+    progress.close()
+    if stopping:
+        print(f"stopped after step {step}; the same command with --resume goes on from there")
+        sys.exit(128 + stop_signals[0])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        train(parse_flags(arguments))
+    except InputError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()
