@@ -1,0 +1,169 @@
+"""sr3.py against equations (3) to (6) and (10), computed here in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sr3 import SR3
+
+T = 2000
+
+
+def gammas64(num_timesteps=T, beta_start=1e-6, beta_end=1e-2):
+    """γ_0 … γ_T by the definition, one factor at a time, in Python's float64."""
+    gammas = [1.0]
+    for t in range(num_timesteps):
+        beta = beta_start + (beta_end - beta_start) * t / max(1, num_timesteps - 1)
+        gammas.append(gammas[-1] * (1 - beta))
+    return gammas
+
+
+class TrueNoise(nn.Module):
+    """An f_θ that knows y_0, and so the noise: ε = (ỹ - √γ y_0) / √(1 - γ), in float64."""
+
+    def __init__(self, y_0):
+        super().__init__()
+        self.y_0 = y_0
+        self.gammas = []
+
+    def forward(self, x, y_t, gamma):
+        assert gamma.shape == (len(y_t),)
+        self.gammas.append(gamma[0].item())
+        level = gamma.double()[:, None, None, None]
+        return ((y_t.double() - level.sqrt() * self.y_0) / (1 - level).sqrt()).float()
+
+
+class Recorder(nn.Module):
+    """An f_θ that remembers what it was given and predicts zero."""
+
+    def forward(self, x, y_t, gamma):
+        self.given = x, y_t, gamma
+        return torch.zeros_like(y_t)
+
+
+def test_gammas_are_right_to_float32_rounding():
+    gammas = SR3(nn.Identity()).gammas
+    assert gammas.shape == (T + 1,) and gammas[0] == 1
+    torch.testing.assert_close(gammas, torch.tensor(gammas64()), rtol=1e-7, atol=0, check_dtype=False)
+    assert 4e-5 < gammas[-1] < 5e-5
+    assert (gammas.diff() < 0).all()
+
+
+def test_the_loss_is_the_mean_squared_error_to_the_noise():
+    torch.manual_seed(0)
+    y_0 = torch.rand(8, 1, 16, 16) * 2 - 1
+    assert SR3(TrueNoise(y_0)).loss(y_0, y_0).item() < 1e-5
+    torch.manual_seed(0)
+    loss = SR3(Recorder()).loss(y_0.expand(64, 8, 1, 16, 16).flatten(0, 1), torch.zeros(512, 1, 16, 16))
+    assert loss.shape == () and abs(loss.item() - 1) < 0.02  # ε predicted as 0: the variance of ε
+
+
+def test_y_noisy_has_the_moments_of_equation_3():
+    torch.manual_seed(0)
+    recorder, y_0 = Recorder(), torch.full((256, 1, 64, 64), 0.7)
+    SR3(recorder).loss(y_0, y_0 - 1)
+    x, y_noisy, gamma = recorder.given
+    torch.testing.assert_close(x, y_0 - 1)
+    mean, std = y_noisy.double().mean((1, 2, 3)), y_noisy.double().std((1, 2, 3))
+    expected = (1 - gamma.double()).sqrt()
+    assert ((mean - 0.7 * gamma.double().sqrt()).abs() < 5 * expected / 64 + 1e-6).all()
+    assert ((std / expected - 1).abs() < 5 / math.sqrt(2 * 64 * 64)).all()
+
+
+def test_gamma_follows_the_piecewise_uniform_mixture_of_section_2_4():
+    torch.manual_seed(0)
+    recorder, T_small = Recorder(), 10
+    y_0 = torch.zeros(200_000, 1, 1, 1)
+    SR3(recorder, T_small, 0.05, 0.5).loss(y_0, y_0)
+    gamma = recorder.given[2].double()
+    levels = torch.tensor(gammas64(T_small, 0.05, 0.5), dtype=torch.float64)
+    piece = torch.bucketize(-gamma, -levels).clamp(1, T_small)  # t with γ_t <= γ <= γ_{t-1}
+    share = torch.bincount(piece, minlength=T_small + 1)[1:] / len(gamma)
+    assert (share - 1 / T_small).abs().max() < 5 * math.sqrt(0.1 * 0.9 / len(gamma))
+    within = (gamma - levels[piece]) / (levels[piece - 1] - levels[piece])  # uniform in [0, 1] in every piece
+    for t in range(1, T_small + 1):
+        u = within[piece == t].sort().values
+        distance = (u - torch.linspace(0, 1, len(u), dtype=torch.float64)).abs().max()  # Kolmogorov-Smirnov
+        assert distance < 2 / math.sqrt(len(u))
+
+
+@pytest.mark.parametrize("variance", ["posterior", "forward"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 700])
+def test_one_step_from_the_true_noise_is_the_posterior_of_equation_4(steps, variance):
+    """From any γ to any other: the step's mean and variance, over 100,000 pixels, are equation (4)'s in float64."""
+    y_0 = 0.3
+    context = torch.zeros(10, 1, 100, 100)
+    model = SR3(TrueNoise(y_0))
+    gammas = gammas64()
+    levels = [gammas[i * T // steps] for i in range(steps, -1, -1)]
+    y_t = torch.randn(context.shape, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    for i, (gamma, y_s, y_0_hat) in enumerate(model.refine(context, steps, variance, generator, y_t)):
+        gamma_t, gamma_s = levels[i], levels[i + 1]
+        assert gamma == pytest.approx(gamma_s, rel=1e-6)
+        if i < 3 or i == steps - 1:
+            # The posterior by Bayes' rule for two Gaussians, not by the paper's formula: prior y_s | y_0, and y_t | y_s.
+            alpha = gamma_t / gamma_s
+            prior_mean, prior_variance = math.sqrt(gamma_s) * y_0, 1 - gamma_s
+            gain = prior_variance * math.sqrt(alpha) / (alpha * prior_variance + 1 - alpha)
+            mean = prior_mean + gain * (y_t.double() - math.sqrt(alpha) * prior_mean)
+            posterior = prior_variance * (1 - gain * math.sqrt(alpha))
+            expected = posterior if variance == "posterior" else (1 - alpha) * (gamma_s < 1)
+            residual = y_s.double() - mean
+            assert abs(residual.mean()) < 5 * math.sqrt(expected / residual.numel()) + 1e-5
+            assert residual.var() == pytest.approx(expected, rel=0.03, abs=1e-9)
+            torch.testing.assert_close(y_0_hat, torch.full_like(y_0_hat, y_0), atol=1e-4, rtol=0)
+        y_t = y_s
+
+
+@pytest.mark.parametrize("variance", ["posterior", "forward"])
+@pytest.mark.parametrize("steps", [1, 7, 100, T])
+def test_with_the_true_noise_a_whole_refinement_ends_at_y_0(steps, variance):
+    y_0 = torch.rand(2, 3, 8, 8) * 2 - 1
+    unet = TrueNoise(y_0)
+    result = SR3(unet).sample(torch.zeros_like(y_0), steps, variance=variance)
+    tolerance = 1e-4 if steps == 1 else 1e-5  # one step divides float32's rounding of ε by √γ_T, that is by 1/150
+    torch.testing.assert_close(result, y_0, atol=tolerance, rtol=0)
+    assert len(set(unet.gammas)) == len(unet.gammas) == steps and unet.gammas == sorted(unet.gammas)
+
+
+def test_refine_yields_after_every_step_and_ends_without_noise():
+    y_0 = torch.zeros(1, 1, 4, 4)
+    states = list(SR3(TrueNoise(y_0)).refine(y_0, 5))
+    assert len(states) == 5 and states[-1][0] == 1
+    torch.testing.assert_close(states[-1][1], states[-1][2], atol=1e-6, rtol=0)
+
+
+def test_a_generator_makes_samples_reproducible():
+    model, context = SR3(Recorder()), torch.zeros(2, 1, 8, 8)
+    first, again, other = (model.sample(context, 4, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    state = torch.get_rng_state()
+    model.sample(context, 4, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(state, torch.get_rng_state())  # the global numbers are left alone
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_is_in_eval_mode_without_gradients_and_leaves_the_modes(training):
+    class Watcher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Dropout()
+
+        def forward(self, x, y_t, gamma):
+            assert not self.training and not self.inner.training and not torch.is_grad_enabled()
+            return torch.zeros_like(y_t)
+
+    model = SR3(Watcher()).train(training)
+    model.unet.inner.train(not training)
+    for _ in model.refine(torch.zeros(1, 1, 4, 4), 3):
+        assert model.training == training and model.unet.inner.training != training
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("arguments", [{"steps": 0}, {"steps": T + 1}, {"steps": 1, "variance": "fixed"}])
+def test_wrong_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match="0|2001|fixed"):
+        SR3(Recorder()).sample(torch.zeros(1, 1, 4, 4), **arguments)
