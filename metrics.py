@@ -1,4 +1,4 @@
-"""How results are judged (the paper's section 4): each metric takes images in [0, 1] and returns one value per image."""
+"""How images are judged (the paper's section 4): each metric takes images in [0, 1] and returns one value per image."""
 
 import torch
 import torch.nn.functional as F

@@ -1,14 +1,15 @@
 """SR3, "Image Super-Resolution via Iterative Refinement" (arXiv 2104.07636): the noise levels, Algorithms 1 and 2.
 
 The story in the paper's order. A diffusion adds noise to the high-resolution image y_0 until nothing is left of it
-(section 2.1); the network f_θ learns to tell the noise from the image, with the low-resolution image x beside it to lean
-on (section 2.2, Algorithm 1); and a new image is made by starting from noise alone and taking it away bit by bit
+(section 2.1); the network f_θ learns to tell the noise from the image, with the low-resolution image x to lean on
+(section 2.2, Algorithm 1); and a new image is made by starting from noise alone and taking it away bit by bit
 (section 2.3, Algorithm 2). Images are [B, C, H, W] in [-1, 1]; f_θ is any module called as unet(x, y_t, gamma) with
 gamma of shape [B].
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class SR3(nn.Module):
     """The diffusion of section 2.1 around a network f_θ: `loss` trains it, `refine` and `sample` draw with it.
 
     The schedule is β_t = 1 - α_t, linear from `beta_start` to `beta_end` in `num_timesteps` steps, T of the paper.
-    Buffer `gammas`, [T + 1]: γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied up in float64 and then rounded to float32 once.
+    Buffer `gammas`, [T + 1]: γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied up in float64, then rounded to float32 once.
     All that follows takes these float32 values for exact, so f_θ is told the very noise level that is in ỹ.
     """
 
@@ -45,6 +46,10 @@ class SR3(nn.Module):
         y_noisy = level.sqrt() * high_res + (1 - level).sqrt() * noise
         # Line 5: what the gradient step is taken on.
         return F.mse_loss(self.unet(context, y_noisy, gamma), noise)
+
+    def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
+        """`loss`, under the name that DistributedDataParallel calls."""
+        return self.loss(high_res, context)
 
     @torch.no_grad()
     def refine(
@@ -75,7 +80,7 @@ class SR3(nn.Module):
         gammas = self.gammas.tolist()  # float64, for the arithmetic on levels below
         gammas = [gammas[i * T // steps] for i in range(steps, -1, -1)]  # [steps + 1], from γ_T to γ_0 = 1
         y_t = randn() if y_T is None else y_T  # line 1
-        for gamma_t, gamma_s in zip(gammas, gammas[1:]):  # line 2: from level t to the next lower noise level s
+        for gamma_t, gamma_s in pairwise(gammas):  # line 2: from level t to the next lower noise level s
             alpha_t = gamma_t / gamma_s  # what t keeps of s: the α_t of a process that has only these levels
             with eval_mode(self.unet):
                 noise = self.unet(context, y_t, torch.full_like(context[:, 0, 0, 0], gamma_t))

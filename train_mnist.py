@@ -4,6 +4,7 @@
     python train_mnist.py --num_training_steps 1000 --batch_size 64
     python train_mnist.py --config_path configs/color_digits.toml --output_dir output/color
     python train_mnist.py --resume
+    torchrun --standalone --nproc_per_node=8 train_mnist.py
 
 Read it from top to bottom, beside the paper (arXiv 2104.07636): the method is sr3.py, the network unet.py.
 """
@@ -22,13 +23,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what an Apple GPU lacks, its CPU does
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -39,6 +43,7 @@ from unet import UNet
 from utils import Config, InputError, downsample, to_float, upsample
 
 HERE = Path(__file__).resolve().parent
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 LOG_EVERY = 100  # steps between two rows of log.csv
 LOG_COLUMNS = (
     "dataset,step,loss,learning_rate,images_per_second,"
@@ -60,13 +65,15 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default=HERE / "output", help="where results are put; default: output")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
     parser.add_argument("--seed", type=int, help="of all random numbers")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs with Triton")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
     return parser.parse_args(arguments)
 
 
 def fail(message: str):
-    """Bad input gets one line, and exit status 2."""
-    print("train_mnist.py: " + " ".join(str(message).split()), file=sys.stderr)
+    """Bad input gets one line, from the first rank where there are several, and exit status 2."""
+    if RANK == 0:
+        print("train_mnist.py: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -75,13 +82,22 @@ def fail(message: str):
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, else cuda, else mps, else cpu. Raises InputError where it isn't there."""
+    """The device of that name, else cuda, else mps, else cpu; with several ranks on GPUs, each has one of its own.
+
+    Raises InputError where it isn't there.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if RANKS > 1 and name == "cuda":
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+            raise InputError(f"there are more ranks than GPUs, {gpus}; give --nproc_per_node={gpus}, or --device cpu")
+        name = f"cuda:{local_rank}"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
-        raise InputError(f"device {name} is not there ({str(error).splitlines()[0]}); leave out --device to use what is")
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name} is not there ({reason}); leave out --device to use what is") from None
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -95,6 +111,30 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     cpuinfo = Path("/proc/cpuinfo")  # AMX or AVX512-BF16; Linux tells
     native = device.type == "cpu" and cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
     return torch.bfloat16 if native else torch.float32
+
+
+def compile_networks(unets: list[UNet], wanted: bool | None, device: torch.device) -> None:
+    """torch.compile each network in place, by default on GPUs with Triton; says so in one line where it can't work."""
+    if wanted is None:
+        wanted = device.type == "cuda" and find_spec("triton") is not None
+    if not wanted:
+        return
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))  # fails where the compiler is missing
+    except Exception as error:
+        print(f"torch.compile doesn't work here ({type(error).__name__}); going on without it", file=sys.stderr)
+        torch._dynamo.reset()
+        return
+    for unet in unets:
+        unet.compile(dynamic=False)  # batches of training and of drawing keep their sizes
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of every rank's value, on all of them; with one rank the value itself."""
+    if RANKS > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,39 +229,54 @@ def train(flags: argparse.Namespace) -> None:
     device = choose_device(flags.device)
     precision = choose_precision(settings.precision, device)
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
+    if settings.batch_size % RANKS:
+        raise InputError(f"training.batch_size is {settings.batch_size}: {RANKS} ranks don't divide it")
+    batch_size = settings.batch_size // RANKS  # of each rank
+    if RANKS > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     output_dir = Path(flags.output_dir)
     checkpoint_path = output_dir / "checkpoint.pt"
     checkpoint = utils.load_checkpoint(checkpoint_path) if flags.resume else None
 
     # The data: 60,000 digits are 61 MB, so they lie on the device and batches are indexed from them.
+    if RANK > 0:
+        dist.barrier()  # the first rank downloads and unpacks
     dataset, train_images, test_images = load_data(config, Path(flags.data_dir))
+    if RANKS > 1 and RANK == 0:
+        dist.barrier()
     train_images, test_images = train_images.to(device), test_images[:64].to(device)  # uint8 [N, C, H, W]
 
     # The model, the average of its weights, which is what draws, and the optimizer.
     torch.manual_seed(settings.seed)
-    model = build_model(config).to(device)
+    layout = torch.channels_last if config.model.features >= 64 else torch.contiguous_format  # measured: see README
+    model = build_model(config).to(device, memory_format=layout)
     ema = AveragedModel(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)  # keeps small gradients above 0
 
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}  # what a checkpoint holds
     step, log = 0, []
     if checkpoint:
         utils.check_same_run(checkpoint, config, dataset)
         step, log = checkpoint["step"], checkpoint["log"]
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
         if step >= settings.num_training_steps:
-            raise InputError(f"{checkpoint_path} has done its {step} steps; give a larger --num_training_steps to go on")
-    utils.prepare_output(output_dir, keep=flags.resume)
-    utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
+            raise InputError(
+                f"{checkpoint_path} has done its {step} steps; to go on, give a larger --num_training_steps"
+            )
+    if RANK == 0:
+        utils.prepare_output(output_dir, keep=flags.resume)
+        utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
+    compile_networks([model.unet, ema.module.unet], flags.compile, device)
+    parallel = DistributedDataParallel(model) if RANKS > 1 else model  # averages the gradients of all ranks
 
     stop_signals = []  # Ctrl-C and SIGTERM let the step finish; a second one ends the script at once
 
     def ask_to_stop(signal_number, _):
         stop_signals.append(signal_number)
-        signal.signal(signal_number, signal.SIG_DFL)
+        if RANKS == 1:  # torchrun passes on the Ctrl-C that its ranks have seen already
+            signal.signal(signal_number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
@@ -230,27 +285,28 @@ def train(flags: argparse.Namespace) -> None:
         path = output_dir / f"{name}-{step:06d}.png"
         utils.save_grid(path, utils.to_unit(images), columns, description=f"{dataset}, step {step}")
 
-    print(
-        f"{dataset}: {len(train_images):,} images of {config.data.image_size}×{config.data.image_size} from "
-        f"{config.data.low_res_size}×{config.data.low_res_size}; {sum(p.numel() for p in model.parameters()):,} weights; "
-        f"{device.type} in {str(precision).removeprefix('torch.')}; pictures, log and checkpoint: {output_dir}"
-    )
-    progress = tqdm(total=settings.num_training_steps, initial=step, unit="step", dynamic_ncols=True)
+    if RANK == 0:
+        print(
+            f"{dataset}: {len(train_images):,} images of {config.data.image_size}×{config.data.image_size} from "
+            f"{config.data.low_res_size}×{config.data.low_res_size}; {sum(p.numel() for p in model.parameters()):,} "
+            f"weights; {RANKS} × {device.type} in {str(precision).removeprefix('torch.')}; output: {output_dir}"
+        )
+    progress = tqdm(total=settings.num_training_steps, initial=step, unit="step", dynamic_ncols=True, disable=RANK > 0)
     loss_sum, log_steps, log_start, shown_psnr = torch.zeros((), device=device), 0, time.perf_counter(), "-"
     stopping = False
     while step < settings.num_training_steps and not stopping:
         step += 1
-        torch.manual_seed(hash((settings.seed, step)))  # a step's random numbers are its own: resuming repeats them
+        torch.manual_seed(hash((settings.seed, step, RANK)))  # its own random numbers: a resumed run repeats them
 
         # Algorithm 1, line 2: a pair (x, y_0), the context made from the image itself.
-        indices = torch.randint(len(train_images), (settings.batch_size,), device=device)
+        indices = torch.randint(len(train_images), (batch_size,), device=device)
         high_res = to_float(train_images[indices])  # [B, C, H, W]
         low_res = downsample(high_res, config.data.low_res_size)  # [B, C, h, w]
         context = upsample(low_res, config.data.image_size)  # [B, C, H, W]
 
         # Lines 3 to 5: the loss, and one gradient step on it.
         with autocast():
-            loss = model.loss(high_res, context)
+            loss = parallel(high_res, context)  # model.loss, on every rank
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -262,48 +318,45 @@ def train(flags: argparse.Namespace) -> None:
         ema.multi_avg_fn = get_ema_multi_avg_fn(min(settings.ema_decay, (1 + step) / (10 + step)))  # the young forget
         ema.update_parameters(model)
 
-        # The log, and now and then the pictures. Only here does the device wait for the script, in `.item()`.
+        # The log, and now and then the pictures. Only here does the script wait for the device, in `.item()`.
         progress.update()
         loss_sum += loss.detach()
         log_steps += 1
-        stopping = bool(stop_signals)
+        if RANKS == 1:
+            stopping = bool(stop_signals)
+        elif step % 10 == 0:  # all ranks stop after the same step
+            stopping = sum_over_ranks(torch.tensor(len(stop_signals), device=device)).item() > 0
         drawing = step % settings.sample_every == 0 or step in settings.early_samples
         drawing = drawing or stopping or step == settings.num_training_steps
         if step % 10 and not drawing:
             continue
-        mean_loss = loss_sum.item() / log_steps  # since the last row
+        mean_loss = sum_over_ranks(loss_sum).item() / RANKS / log_steps  # since the last row
         images_per_second = log_steps * settings.batch_size / (time.perf_counter() - log_start)
         progress.set_postfix_str(f"loss {mean_loss:.4f}, {images_per_second:.0f} images/s, PSNR {shown_psnr}")
         if step % LOG_EVERY and not drawing:
             continue
-        row = [dataset, step, mean_loss, optimizer.param_groups[0]["lr"], images_per_second]
         if not (math.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.parameters())):
             progress.close()
-            sys.exit(f"step {step}: the loss or a weight is not finite (loss {mean_loss}); lower training.learning_rate. "
-                     f"The last checkpoint is as it was: {checkpoint_path}")
-        if drawing:
-            results = draw(ema.module, test_images, config, autocast, save_images)
-            shown_psnr = f"{results['psnr']:.1f} dB"
-            row += results.values()
-        log.append(row)
-        utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
-        if drawing:
-            utils.save_checkpoint(
-                checkpoint_path,
-                {
-                    "config": asdict(config),
-                    "dataset": dataset,
-                    "step": step,
-                    "log": log,
-                    "model": model.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                },
+            sys.exit(
+                f"step {step}: the loss ({mean_loss}) or a weight is not finite; lower training.learning_rate. "
+                f"The last checkpoint is as it was: {checkpoint_path}"
             )
+        if RANK == 0:
+            row = [dataset, step, mean_loss, optimizer.param_groups[0]["lr"], images_per_second]
+            if drawing:
+                results = draw(ema.module, test_images, config, autocast, save_images)
+                shown_psnr = f"{results['psnr']:.1f} dB"
+                row += results.values()
+            log.append(row)
+            utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
+        if RANK == 0 and drawing:
+            state = {"config": asdict(config), "dataset": dataset, "step": step, "log": log}
+            utils.save_checkpoint(checkpoint_path, state | {name: part.state_dict() for name, part in parts.items()})
         loss_sum.zero_()
         log_steps, log_start = 0, time.perf_counter()
     progress.close()
+    if RANKS > 1:
+        dist.destroy_process_group()
     if stopping:
         print(f"stopped after step {step}; the same command with --resume goes on from there")
         sys.exit(128 + stop_signals[0])

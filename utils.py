@@ -108,9 +108,11 @@ def load_config(path: str | Path, **training: int | None) -> Config:
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"config {path} can't be read: {error.strerror}; give an existing file by --config_path")
+        raise InputError(
+            f"config {path} can't be read: {error.strerror}; give an existing file by --config_path"
+        ) from None
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"config {path} is not valid TOML: {error}")
+        raise InputError(f"config {path} is not valid TOML: {error}") from None
     if isinstance(values.get("training"), dict):
         values["training"] |= {key: value for key, value in training.items() if value is not None}
     return parse_config(values, path)
@@ -131,8 +133,8 @@ def parse_config(values: dict, source: str | Path) -> Config:
     divisor = 2 ** (len(model.channel_multipliers) - 1)
     if data.image_size % divisor:
         raise InputError(
-            f"{source}: data.image_size is {data.image_size}: the U-Net's {len(model.channel_multipliers)} levels need a "
-            f"multiple of {divisor}"
+            f"{source}: data.image_size is {data.image_size}: the U-Net's {len(model.channel_multipliers)} levels "
+            f"need a multiple of {divisor}"
         )
     if model.features % 8 or model.features % model.attention_heads:
         raise InputError(
@@ -210,21 +212,26 @@ def load_torchvision(dataset: str, data_dir: Path, train: bool) -> Tensor:
         folder, archives = data_dir / names[dataset] / "raw", kind.resources
     for name, md5 in archives:
         if (folder / name).exists() and not check_integrity(folder / name, md5):
-            raise InputError(f"{folder / name} is damaged (its MD5 is not {md5}); delete it, or replace it by a whole one")
+            raise InputError(f"{folder / name} is damaged (its MD5 is not {md5}); delete or replace it")
     try:
         images = kind(data_dir, train=train).data
     except Exception as error:
         if not str(error).startswith("Dataset not found"):
-            raise InputError(f"{dataset} in {folder} is damaged ({error or type(error).__name__}); delete it and run again")
+            reason = str(error) or type(error).__name__
+            raise InputError(f"{dataset} in {folder} is damaged ({reason}); delete it and run again") from None
         socket.setdefaulttimeout(30)  # seconds: a server that doesn't answer must not hang the lesson
         try:
             images = kind(data_dir, train=train, download=True).data
         except PermissionError as error:
-            raise InputError(f"{dataset} can't be unpacked: {error}; copy it to a folder of your own for --data_dir")
+            raise InputError(
+                f"{dataset} can't be unpacked: {error}; copy it to a folder of your own for --data_dir"
+            ) from None
         except (RuntimeError, OSError, HTTPException) as error:
             files = ", ".join(name for name, _ in archives)
             reason = " ".join(str(error).split())
-            raise DatasetUnavailable(f"{dataset} could not be downloaded ({reason}); put {files} into {folder.resolve()}")
+            raise DatasetUnavailable(
+                f"{dataset} could not be downloaded ({reason}); put {files} into {folder.resolve()}"
+            ) from None
     images = torch.as_tensor(images)  # [N, H, W], or [N, H, W, 3] from CIFAR-10
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
@@ -388,7 +395,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} can't be written: {error.strerror}; make room there, or give another --output_dir")
+        reason = f"{error.strerror}; make room there, or give another --output_dir"
+        raise InputError(f"{path} can't be written: {reason}") from None
 
 
 def prepare_output(output_dir: Path, keep: bool) -> None:
@@ -405,7 +413,8 @@ def prepare_output(output_dir: Path, keep: bool) -> None:
                 path.rename(folder / path.name)
             print(f"the results of an earlier run are now in {folder}")
     except OSError as error:
-        raise InputError(f"output folder {output_dir} can't be written: {error.strerror}; give another --output_dir")
+        reason = f"{error.strerror}; give another --output_dir"
+        raise InputError(f"output folder {output_dir} can't be written: {reason}") from None
 
 
 def save_log(path: Path, columns: str, rows: list[list]) -> None:
@@ -441,7 +450,8 @@ def load_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["step"], checkpoint["config"], checkpoint["dataset"]
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise InputError(f"{path} is no checkpoint of this lesson, or is cut off ({type(error).__name__}); delete it")
+        reason = f"is no checkpoint of this lesson, or is cut off ({type(error).__name__}); delete it"
+        raise InputError(f"{path} {reason}") from None
     return checkpoint
 
 

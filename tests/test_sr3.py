@@ -104,7 +104,7 @@ def test_one_step_from_the_true_noise_is_the_posterior_of_equation_4(steps, vari
         gamma_t, gamma_s = levels[i], levels[i + 1]
         assert gamma == pytest.approx(gamma_s, rel=1e-6)
         if i < 3 or i == steps - 1:
-            # The posterior by Bayes' rule for two Gaussians, not by the paper's formula: prior y_s | y_0, and y_t | y_s.
+            # The posterior by Bayes' rule for Gaussians, not by the paper's formula: prior y_s | y_0, then y_t | y_s.
             alpha = gamma_t / gamma_s
             prior_mean, prior_variance = math.sqrt(gamma_s) * y_0, 1 - gamma_s
             gain = prior_variance * math.sqrt(alpha) / (alpha * prior_variance + 1 - alpha)
