@@ -1,0 +1,110 @@
+"""How fast the lesson is on this machine: `python tests/benchmark.py --config_path configs/mnist.toml`.
+
+Prints one table. Its first row is the plain form of the same network (float32, contiguous, not compiled, Adam one weight
+at a time), the second what train_mnist.py does by itself, the third the same compiled; each runs in its own process.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_mnist
+from utils import downsample, load_config, upsample
+
+
+def seconds(function, device: torch.device, repeats: int) -> float:
+    """Seconds a call takes: the mean of `repeats` calls after two that are not counted."""
+    for i in range(repeats + 2):
+        if i == 2:
+            wait(device)
+            started = time.perf_counter()
+        function()
+    wait(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(flags: argparse.Namespace, form: str) -> dict[str, float]:
+    config = load_config(flags.config_path, batch_size=flags.batch_size)
+    device = train_mnist.choose_device(flags.device)
+    plain = form == "plain float32"
+    precision = torch.float32 if plain else train_mnist.choose_precision(config.training.precision, device)
+    layout = torch.contiguous_format if plain else train_mnist.choose_layout(config, device)
+    autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
+    model = train_mnist.build_model(config).to(device, memory_format=layout)
+    optimizer = torch.optim.Adam(model.parameters(), fused=not plain, foreach=False if plain else None)
+    batch_size, size = config.training.batch_size, config.data.image_size
+    high_res = torch.rand(batch_size, config.data.channels, size, size, device=device) * 2 - 1
+
+    def training_step():
+        context = upsample(downsample(high_res, config.data.low_res_size), size)
+        with autocast():
+            loss = model(high_res, context)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def forward():
+        with autocast():
+            model.unet(high_res, high_res, torch.full((batch_size,), 0.5, device=device))
+
+    flops = []
+    for function in (training_step, forward):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        flops.append(counter.get_total_flops())
+    if "compiled" in form:
+        train_mnist.compile_networks([model.unet], True, device)
+    side = 8192 if device.type == "cuda" else 2048
+    matrix = torch.rand(side, side, device=device, dtype=precision)
+    peak = 2 * side**3 / seconds(lambda: matrix @ matrix, device, 10)  # FLOP/s
+    training, sampling = (seconds(function, device, flags.repeats) for function in (training_step, forward))
+    gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "training": batch_size / training,
+        "sampling": batch_size / sampling / config.sampling.steps,
+        "memory": memory / 2**30,
+        "training_flops": flops[0] / training,
+        "forward_flops": flops[1] / sampling,
+        "peak": peak,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", default=train_mnist.HERE / "configs/mnist.toml")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--device")
+    parser.add_argument("--repeats", type=int, default=5)
+    flags = parser.parse_args()
+    print("| form | training images/s | sampling images/s | memory GB | training TFLOP/s | forward TFLOP/s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    base = None
+    for form in ("plain float32", "lesson", "lesson, compiled"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            m = pool.submit(measure, flags, form).result()
+        base = base or m
+        cells = [f"{m[k]:.3g} ({m[k] / base[k]:.2f}×)" for k in ("training", "sampling")]
+        cells += [f"{m['memory']:.1f}"]
+        cells += [f"{m[k] / 1e12:.3g} ({m[k] / m['peak']:.0%} of peak)" for k in ("training_flops", "forward_flops")]
+        print("| " + " | ".join([form, *cells]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
