@@ -70,11 +70,11 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def fail(message: str):
-    """Bad input gets one line, from the first rank where there are several, and exit status 2."""
+def fail(message: str, status: int = 2):
+    """Ends the script with one line on stderr, from the first rank where there are several; status 2 is bad input."""
     if RANK == 0:
         print("train_mnist.py: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,12 +199,12 @@ def draw(model: SR3, test_images: Tensor, config: Config, autocast: Callable, sa
     y_T = torch.randn(context.shape, generator=generator, device=context.device)
 
     steps = config.sampling.steps
-    shown = {round(i * steps / 7) for i in range(1, 7)}  # of the steps on the way, six are shown in the refinement
+    shown = {round(steps ** (i / 6)) for i in range(6)}  # the first steps change most: more of them are shown
     frames = [y_T[:8]]
     with autocast():
         refinement = model.refine(context, steps, config.sampling.variance, generator, y_T)
         for i, (_, super_res, y_0) in enumerate(refinement, start=1):
-            if i in shown and i < steps:
+            if i in shown:
                 frames.append(y_0[:8])
 
     pixels = F.interpolate(low_res, high_res.shape[2:], mode="nearest-exact")  # [64, C, H, W], still h × w squares
@@ -234,11 +234,14 @@ def train(flags: argparse.Namespace) -> None:
     settings = config.training
     device = choose_device(flags.device)
     precision = choose_precision(settings.precision, device)
+    torch.backends.cudnn.benchmark = True  # shapes don't change, so the fastest convolutions are worth finding
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
     if settings.batch_size % RANKS:
         raise InputError(f"training.batch_size is {settings.batch_size}: {RANKS} ranks don't divide it")
     batch_size = settings.batch_size // RANKS  # of each rank
     if RANKS > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     output_dir = Path(flags.output_dir)
     checkpoint_path = output_dir / "checkpoint.pt"
@@ -320,7 +323,8 @@ def train(flags: argparse.Namespace) -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        ema.multi_avg_fn = get_ema_multi_avg_fn(min(settings.ema_decay, (1 + step) / (10 + step)))  # the young forget
+        decay = min(settings.ema_decay, (1 + step) / (10 + step))
+        ema.multi_avg_fn = get_ema_multi_avg_fn(decay)  # a young average forgets faster
         ema.update_parameters(model)
 
         # The log, and now and then the pictures. Only here does the script wait for the device, in `.item()`.
@@ -342,9 +346,10 @@ def train(flags: argparse.Namespace) -> None:
             continue
         if not (math.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.parameters())):
             progress.close()
-            sys.exit(
-                f"step {step}: the loss ({mean_loss}) or a weight is not finite; lower training.learning_rate. "
-                f"The last checkpoint is as it was: {checkpoint_path}"
+            fail(
+                f"step {step}: the loss ({mean_loss}) or a weight is not finite; lower training.learning_rate "
+                f"(the last checkpoint is as it was: {checkpoint_path})",
+                status=1,
             )
         if RANK == 0:
             row = [dataset, step, mean_loss, optimizer.param_groups[0]["lr"], images_per_second]
@@ -363,8 +368,9 @@ def train(flags: argparse.Namespace) -> None:
     if RANKS > 1:
         dist.destroy_process_group()
     if stopping:
-        print(f"stopped after step {step}; the same command with --resume goes on from there")
-        sys.exit(128 + stop_signals[0])
+        if RANK == 0:
+            print(f"stopped after step {step}; the same command with --resume goes on from there")
+        sys.exit(128 + (stop_signals or [signal.SIGINT])[0])
 
 
 def main(arguments: list[str] | None = None) -> None:

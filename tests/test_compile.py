@@ -1,0 +1,48 @@
+"""torch.compile: what it must not do, which needs no compiler to show."""
+
+import torch
+from test_unet import small_unet
+
+import train_mnist
+from sr3 import SR3
+
+
+def test_training_and_sampling_share_two_compiled_graphs():
+    """One with gradients and one without, however often training and sampling take turns."""
+    torch._dynamo.reset()
+    model, y_0 = SR3(small_unet()), torch.zeros(4, 1, 16, 16)
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    model.unet.compile(dynamic=False, backend=count)
+    for _ in range(3):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                model.loss(y_0, y_0).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            model.sample(y_0[:2], 3)
+    assert len(graphs) == 2
+
+
+def test_without_a_compiler_one_line_says_so_and_nothing_is_compiled(monkeypatch, capsys):
+    def no_compiler(function):
+        def compiled(*_):
+            raise RuntimeError("no C++ compiler\nfound")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    unet = small_unet()
+    train_mnist.compile_networks([unet], True, torch.device("cpu"))
+    assert unet._compiled_call_impl is None
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1 and "torch.compile" in captured.err and not captured.out
+
+
+def test_it_is_off_by_default_on_a_cpu():
+    unet = small_unet()
+    train_mnist.compile_networks([unet], None, torch.device("cpu"))
+    assert unet._compiled_call_impl is None
