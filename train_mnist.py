@@ -88,6 +88,8 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise InputError(f"device {name} is not one of cuda, mps and cpu; leave out --device to use what is there")
     if RANKS > 1 and name == "cuda":
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
@@ -268,7 +270,8 @@ def train(flags: argparse.Namespace) -> None:
         utils.check_same_run(checkpoint, config, dataset)
         step, log = checkpoint["step"], checkpoint["log"]
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            if checkpoint[name]:  # a scaler that was not in use has no state
+                part.load_state_dict(checkpoint[name])
         if step >= settings.num_training_steps:
             raise InputError(
                 f"{checkpoint_path} has done its {step} steps; to go on, give a larger --num_training_steps"
@@ -299,75 +302,78 @@ def train(flags: argparse.Namespace) -> None:
             f"{config.data.low_res_size}×{config.data.low_res_size}; {sum(p.numel() for p in model.parameters()):,} "
             f"weights; {RANKS} × {device.type} in {str(precision).removeprefix('torch.')}; output: {output_dir}"
         )
-    progress = tqdm(total=settings.num_training_steps, initial=step, unit="step", dynamic_ncols=True, disable=RANK > 0)
     loss_sum, log_steps, log_start, shown_psnr = torch.zeros((), device=device), 0, time.perf_counter(), "-"
     stopping = False
-    while step < settings.num_training_steps and not stopping:
-        step += 1
-        torch.manual_seed(hash((settings.seed, step, RANK)))  # its own random numbers: a resumed run repeats them
+    with tqdm(
+        total=settings.num_training_steps, initial=step, unit="step", dynamic_ncols=True, disable=RANK > 0
+    ) as progress:
+        while step < settings.num_training_steps and not stopping:
+            step += 1
+            torch.manual_seed(hash((settings.seed, step, RANK)))  # its own random numbers: a resumed run repeats them
 
-        # Algorithm 1, line 2: a pair (x, y_0), the context made from the image itself.
-        indices = torch.randint(len(train_images), (batch_size,), device=device)
-        high_res = to_float(train_images[indices])  # [B, C, H, W]
-        low_res = downsample(high_res, config.data.low_res_size)  # [B, C, h, w]
-        context = upsample(low_res, config.data.image_size)  # [B, C, H, W]
+            # Algorithm 1, line 2: a pair (x, y_0), the context made from the image itself.
+            indices = torch.randint(len(train_images), (batch_size,), device=device)
+            high_res = to_float(train_images[indices])  # [B, C, H, W]
+            low_res = downsample(high_res, config.data.low_res_size)  # [B, C, h, w]
+            context = upsample(low_res, config.data.image_size)  # [B, C, H, W]
 
-        # Lines 3 to 5: the loss, and one gradient step on it.
-        with autocast():
-            loss = parallel(high_res, context)  # model.loss, on every rank
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1, step / max(1, settings.warmup_steps))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        decay = min(settings.ema_decay, (1 + step) / (10 + step))
-        ema.multi_avg_fn = get_ema_multi_avg_fn(decay)  # a young average forgets faster
-        ema.update_parameters(model)
+            # Lines 3 to 5: the loss, and one gradient step on it.
+            with autocast():
+                loss = parallel(high_res, context)  # model.loss, on every rank
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(1, step / max(1, settings.warmup_steps))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            decay = min(settings.ema_decay, (1 + step) / (10 + step))
+            ema.multi_avg_fn = get_ema_multi_avg_fn(decay)  # a young average forgets faster
+            ema.update_parameters(model)
 
-        # The log, and now and then the pictures. Only here does the script wait for the device, in `.item()`.
-        progress.update()
-        loss_sum += loss.detach()
-        log_steps += 1
-        if RANKS == 1:
-            stopping = bool(stop_signals)
-        elif step % 10 == 0:  # all ranks stop after the same step
-            stopping = sum_over_ranks(torch.tensor(len(stop_signals), device=device)).item() > 0
-        drawing = step % settings.sample_every == 0 or step in settings.early_samples
-        drawing = drawing or stopping or step == settings.num_training_steps
-        if step % 10 and not drawing:
-            continue
-        mean_loss = sum_over_ranks(loss_sum).item() / RANKS / log_steps  # since the last row
-        images_per_second = log_steps * settings.batch_size / (time.perf_counter() - log_start)
-        progress.set_postfix_str(f"loss {mean_loss:.4f}, {images_per_second:.0f} images/s, PSNR {shown_psnr}")
-        if step % LOG_EVERY and not drawing:
-            continue
-        if not (math.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.parameters())):
-            progress.close()
-            fail(
-                f"step {step}: the loss ({mean_loss}) or a weight is not finite; lower training.learning_rate "
-                f"(the last checkpoint is as it was: {checkpoint_path})",
-                status=1,
-            )
-        if RANK == 0:
-            row = [dataset, step, mean_loss, optimizer.param_groups[0]["lr"], images_per_second]
-            if drawing:
-                results = draw(ema.module, test_images, config, autocast, save_images)
-                shown_psnr = f"{results['psnr']:.1f} dB"
-                row += results.values()
-            log.append(row)
-            utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
-        if RANK == 0 and drawing:
-            state = {"config": asdict(config), "dataset": dataset, "step": step, "log": log}
-            utils.save_checkpoint(checkpoint_path, state | {name: part.state_dict() for name, part in parts.items()})
-        loss_sum.zero_()
-        log_steps, log_start = 0, time.perf_counter()
-    progress.close()
+            # The log, and now and then the pictures. Only here does the script wait for the device, in `.item()`.
+            progress.update()
+            loss_sum += loss.detach()
+            log_steps += 1
+            if RANKS == 1:
+                stopping = bool(stop_signals)
+            elif step % 10 == 0:  # all ranks stop after the same step
+                stopping = sum_over_ranks(torch.tensor(len(stop_signals), device=device)).item() > 0
+            drawing = step % settings.sample_every == 0 or step in settings.early_samples
+            drawing = drawing or stopping or step == settings.num_training_steps
+            if step % 10 and not drawing:
+                continue
+            mean_loss = sum_over_ranks(loss_sum).item() / RANKS / log_steps  # since the last row
+            images_per_second = log_steps * settings.batch_size / (time.perf_counter() - log_start)
+            progress.set_postfix_str(f"loss {mean_loss:.4f}, {images_per_second:.0f} images/s, PSNR {shown_psnr}")
+            if step % LOG_EVERY and not drawing:
+                continue
+            if not (math.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.parameters())):
+                progress.close()
+                fail(
+                    f"step {step}: the loss ({mean_loss}) or a weight is not finite; lower training.learning_rate "
+                    f"(the last checkpoint is as it was: {checkpoint_path})",
+                    status=1,
+                )
+            if RANK == 0:
+                row = [dataset, step, mean_loss, optimizer.param_groups[0]["lr"], images_per_second]
+                if drawing:
+                    results = draw(ema.module, test_images, config, autocast, save_images)
+                    shown_psnr = f"{results['psnr']:.1f} dB"
+                    row += results.values()
+                log.append(row)
+                utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
+            if RANK == 0 and drawing:
+                state = {"config": asdict(config), "dataset": dataset, "step": step, "log": log}
+                utils.save_checkpoint(
+                    checkpoint_path, state | {name: part.state_dict() for name, part in parts.items()}
+                )
+            loss_sum.zero_()
+            log_steps, log_start = 0, time.perf_counter()
     if RANKS > 1:
         dist.destroy_process_group()
-    if stopping:
+    if stopping and step < settings.num_training_steps:
         if RANK == 0:
             print(f"stopped after step {step}; the same command with --resume goes on from there")
         sys.exit(128 + (stop_signals or [signal.SIGINT])[0])
@@ -378,6 +384,8 @@ def main(arguments: list[str] | None = None) -> None:
         train(parse_flags(arguments))
     except InputError as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped before the first step", status=130)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def load_images(dataset: str, data_dir: str | Path, train: bool, image_size: int
         images = load_torchvision(dataset, Path(data_dir), train)
         images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
     if channels == 1 and images.shape[1] == 3:
-        return TF.rgb_to_grayscale(images)
+        return torch.cat([TF.rgb_to_grayscale(part.float()).round().byte() for part in images.split(1000)])
     return images.expand(-1, channels, -1, -1).contiguous()
 
 
@@ -405,7 +405,8 @@ def prepare_output(output_dir: Path, keep: bool) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / ".probe", bytes(4096))  # a full disk shows before anything is moved
         (output_dir / ".probe").unlink()
-        earlier = [path for name in ("checkpoint.pt", "log.csv", "*-[0-9]*.png") for path in output_dir.glob(name)]
+        names = ("checkpoint.pt", "log.csv", *(f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")))
+        earlier = [path for name in names for path in output_dir.glob(name)]
         if earlier and not keep:
             folder = next(f for i in itertools.count(1) if not (f := output_dir / f"earlier-{i}").exists())
             folder.mkdir()
@@ -428,7 +429,7 @@ def save_log(path: Path, columns: str, rows: list[list]) -> None:
 def save_grid(path: Path, images: Tensor, columns: int, description: str) -> None:
     """Write [N, C, H, W] in [0, 1] as a PNG with so many images in a row; `description` goes into its EXIF data."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
-    picture = TF.to_pil_image(grid)  # [3, rows · (H + 2) + 2, columns · (W + 2) + 2]
+    picture = TF.to_pil_image((255 * grid).round().byte())  # [3, rows · (H + 2) + 2, columns · (W + 2) + 2]
     exif = picture.getexif()
     exif[0x010E] = description  # ImageDescription
     buffer = io.BytesIO()
@@ -448,7 +449,9 @@ def load_checkpoint(path: str | Path) -> dict:
         raise InputError(f"there is no checkpoint {path} to resume; leave out --resume, or name its --output_dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["step"], checkpoint["config"], checkpoint["dataset"]
+        missing = {"config", "dataset", "step", "log", "model", "ema", "optimizer", "scaler"} - set(checkpoint)
+        if missing:
+            raise KeyError(*missing)
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         reason = f"is no checkpoint of this lesson, or is cut off ({type(error).__name__}); delete it"
         raise InputError(f"{path} {reason}") from None

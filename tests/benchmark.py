@@ -1,7 +1,7 @@
 """How fast the lesson is on this machine: `python tests/benchmark.py --config_path configs/mnist.toml`.
 
-Prints one table. Its first row is the plain form of the same network (float32, contiguous, not compiled, Adam one weight
-at a time), the second what train_mnist.py does by itself, the third the same compiled; each runs in its own process.
+Prints one table. Its first row is the plain form of the same network (float32, contiguous, not compiled, Adam not
+fused), the second what train_mnist.py does by itself, the third the same compiled; each runs in its own process.
 """
 
 import argparse

@@ -31,8 +31,9 @@ def gradients_of_a_rank(rank, port, folder):
     torch.set_num_threads(1)
     model, images = build()
     half = images[4 * rank : 4 * rank + 4]
+    parallel = DistributedDataParallel(model)
     torch.manual_seed(100 + rank)
-    DistributedDataParallel(model)(half, half).backward()
+    parallel(half, half).backward()
     torch.save([weight.grad for weight in model.parameters()], folder / f"{rank}.pt")
     dist.destroy_process_group()
 
