@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sr3 import SR3
-from unet import UNet
+from unet import UNet, double, halve
 
 
 def small_unet(**changes):
@@ -47,6 +47,15 @@ def test_before_training_u_is_zero_and_the_prediction_is_the_noise_share_of_y():
     y_t, gamma = torch.randn(3, 1, 16, 16), torch.tensor([0.0, 0.36, 1.0])
     expected = torch.tensor([1.0, 0.8, 0.0]).view(3, 1, 1, 1) * y_t  # √(1 - γ) ỹ
     torch.testing.assert_close(unet(torch.randn_like(y_t), y_t, gamma), expected)
+
+
+def test_blocks_halve_by_means_and_double_by_repetition():
+    x = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
+    halved, doubled = halve(x), double(x)
+    assert halved.shape == (2, 3, 2, 3) and doubled.shape == (2, 3, 8, 12)
+    for i, j in ((0, 0), (1, 2)):
+        torch.testing.assert_close(halved[..., i, j], x[..., 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3)))
+    assert all(torch.equal(doubled[..., i::2, j::2], x) for i in (0, 1) for j in (0, 1))
 
 
 @pytest.mark.parametrize("gamma", [4.5e-5, 1e-3, 0.5, 0.999, 1 - 1e-5, 1 - 1e-6])
