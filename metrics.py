@@ -8,7 +8,7 @@ from torch import Tensor
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of [B, C, H, W] in [0, 1]: -10 log10 of the mean squared error; [B].
 
-    Infinite for equal images. It and SSIM favour blurry pictures over sharp ones that err by a pixel (section 4).
+    Infinite for equal images. It and SSIM favour the blurry regression baseline over SR3; people do not (section 4).
     """
     return -10 * (images - reference).square().mean(dim=(1, 2, 3)).log10()
 
@@ -40,9 +40,9 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def consistency(images: Tensor, low_res: Tensor) -> Tensor:
-    """Whether [B, C, H, W] in [0, 1], downsampled, are the [B, C, h, w] in [0, 1] they came from; [B], 0 is perfect.
+    """Mean squared difference, on the 0…255 scale, of the downsampled images and the low-resolution input; [B].
 
-    The mean squared difference on the 0…255 scale.
+    `images` are [B, C, H, W] and `low_res` [B, C, h, w], both in [0, 1]; 0 is perfect (section 4, on another scale).
     """
     downsampled = F.interpolate(images, low_res.shape[2:], mode="bicubic", antialias=True).clamp(0, 1)
     return (255 * (downsampled - low_res)).square().mean(dim=(1, 2, 3))

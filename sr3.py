@@ -22,7 +22,8 @@ class SR3(nn.Module):
 
     The schedule is β_t = 1 - α_t, linear from `beta_start` to `beta_end` in `num_timesteps` steps, T of the paper.
     Buffer `gammas`, [T + 1]: γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied up in float64, then rounded to float32 once.
-    All that follows takes these float32 values for exact, so f_θ is told the very noise level that is in ỹ.
+    All that follows takes these float32 values for exact, so f_θ is told the very noise level that is in ỹ. Raises
+    ValueError where the β's leave no γ_t in float32 that can be told from 1, or divided by.
     """
 
     def __init__(self, unet: nn.Module, num_timesteps: int = 2000, beta_start: float = 1e-6, beta_end: float = 1e-2):
@@ -30,7 +31,11 @@ class SR3(nn.Module):
         self.unet = unet
         alphas = 1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         gammas = torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)])  # [T + 1]
-        self.register_buffer("gammas", gammas.float())
+        gammas = gammas.float()
+        if not 1e-8 < gammas[-1] <= gammas[1] < 1:
+            schedule = f"β from {beta_start} to {beta_end} in {num_timesteps} steps"
+            raise ValueError(f"{schedule}: γ_1 … γ_T must be smaller than 1 and larger than 1e-8")
+        self.register_buffer("gammas", gammas)
 
     def loss(self, high_res: Tensor, context: Tensor) -> Tensor:
         """Algorithm 1 for one batch: the mean of (f_θ(x, ỹ, γ) - ε)², equation (6) with p = 2; a scalar.
@@ -62,11 +67,11 @@ class SR3(nn.Module):
     ) -> Iterator[tuple[float, Tensor, Tensor]]:
         """Algorithm 2: from noise to an image; yields (γ, y_t, ŷ_0) after each step, the last one with γ = 1.
 
-        `context` is x, [B, C, H, W] in [-1, 1]; `steps` is from 1 to T, on the same weights: the noise levels are
-        `steps` of the training's, evenly spaced in t (section 2.4). `variance` is the σ_t² of the noise put back in:
-        "posterior" is equation (4)'s, "forward" the paper's 1 - α_t. `generator` (on x's device) makes the result
-        reproducible; `y_T` starts from that noise instead of drawing it. Raises ValueError where an argument is none of
-        these.
+        `context` is x, [B, C, H, W] in [-1, 1]. `steps` is from 1 to T, on the same weights, since f_θ is told γ: the
+        levels are `steps` of the training's, evenly spaced in t (the paper searches for them, section 2.4). `variance`
+        is the σ_t² of the noise put back in: "posterior" is equation (4)'s, "forward" the paper's 1 - α_t. `generator`
+        (on x's device) makes the result reproducible; `y_T` starts from that noise instead of drawing it. Raises
+        ValueError where steps or variance is none of these.
         """
         T = len(self.gammas) - 1
         if not 1 <= steps <= T:
@@ -82,8 +87,8 @@ class SR3(nn.Module):
         y_t = randn() if y_T is None else y_T  # line 1
         for gamma_t, gamma_s in pairwise(gammas):  # line 2: from level t to the next lower noise level s
             alpha_t = gamma_t / gamma_s  # what t keeps of s: the α_t of a process that has only these levels
-            with eval_mode(self.unet):
-                noise = self.unet(context, y_t, torch.full_like(context[:, 0, 0, 0], gamma_t))
+            with eval_mode(self.unet):  # not around the loop: at a yield, the caller has the mode it left
+                noise = self.unet(context, y_t, context.new_full((len(context),), gamma_t))
             y_0 = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
             posterior = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)  # σ² of equation (4)
             sigma = (posterior if variance == "posterior" else 1 - alpha_t) ** 0.5

@@ -21,10 +21,12 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what an Apple GPU lacks, its CPU does
 
@@ -44,7 +46,8 @@ from utils import Config, InputError, downsample, to_float, upsample
 
 HERE = Path(__file__).resolve().parent
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-LOG_EVERY = 100  # steps between two rows of log.csv
+BAR_EVERY = 10  # steps between two looks at the loss; each makes the script wait for the device
+LOG_EVERY = 100  # steps between two rows of log.csv, a multiple of BAR_EVERY
 LOG_COLUMNS = (
     "dataset,step,loss,learning_rate,images_per_second,"
     "psnr,ssim,consistency,bicubic_psnr,bicubic_ssim,bicubic_consistency"
@@ -64,13 +67,15 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", default=HERE / "data", help="where data sets are, or are put; default: data")
     parser.add_argument("--output_dir", default=HERE / "output", help="where results are put; default: output")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
-    parser.add_argument("--seed", type=int, help="of all random numbers")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs with Triton")
+    parser.add_argument("--seed", type=int, help="of weights, batches and noise")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on GPUs with Triton"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
     return parser.parse_args(arguments)
 
 
-def fail(message: str, status: int = 2):
+def fail(message: object, status: int = 2) -> NoReturn:
     """Ends the script with one line on stderr, from the first rank where there are several; status 2 is bad input."""
     if RANK == 0:
         print("train_mnist.py: " + " ".join(str(message).split()), file=sys.stderr)
@@ -90,7 +95,11 @@ def choose_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.split(":")[0] not in ("cuda", "mps", "cpu"):
         raise InputError(f"device {name} is not one of cuda, mps and cpu; leave out --device to use what is there")
-    if RANKS > 1 and name == "cuda":
+    if RANKS > 1 and name == "mps":
+        raise InputError(
+            f"device mps with {RANKS} ranks: there is one Apple GPU; leave out torchrun, or give --device cpu"
+        )
+    if RANKS > 1 and name.startswith("cuda"):
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
             raise InputError(f"there are more ranks than GPUs, {gpus}; give --nproc_per_node={gpus}, or --device cpu")
@@ -137,6 +146,13 @@ def compile_networks(unets: list[UNet], wanted: bool | None, device: torch.devic
         unet.compile(dynamic=False)  # batches of training and of drawing keep their sizes
 
 
+def join_ranks(device: torch.device) -> None:
+    """Waits until all ranks are here; from then on they can exchange tensors."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of every rank's value, on all of them; with one rank the value itself."""
     if RANKS > 1:
@@ -169,8 +185,18 @@ def load_data(config: Config, data_dir: Path) -> tuple[str, Tensor, Tensor]:
 
 
 def build_model(config: Config) -> SR3:
-    unet = UNet(image_channels=config.data.channels, image_size=config.data.image_size, **asdict(config.model))
-    return SR3(unet, **asdict(config.diffusion))
+    try:
+        unet = UNet(image_channels=config.data.channels, image_size=config.data.image_size, **asdict(config.model))
+        return SR3(unet, **asdict(config.diffusion))
+    except ValueError as error:
+        raise InputError(f"config: {error}") from None
+
+
+def load_state(part, state: dict, checkpoint_path: str | Path) -> None:
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, AttributeError):
+        raise InputError(f"{checkpoint_path} is of another version of this lesson; train again") from None
 
 
 def load_model(checkpoint_path: str | Path, device: str = "cpu") -> SR3:
@@ -181,7 +207,7 @@ def load_model(checkpoint_path: str | Path, device: str = "cpu") -> SR3:
     """
     checkpoint = utils.load_checkpoint(checkpoint_path)
     model = AveragedModel(build_model(utils.parse_config(checkpoint["config"], checkpoint_path)))
-    model.load_state_dict(checkpoint["ema"])
+    load_state(model, checkpoint["ema"], checkpoint_path)
     return model.module.eval().to(device)
 
 
@@ -205,9 +231,10 @@ def draw(model: SR3, test_images: Tensor, config: Config, autocast: Callable, sa
     frames = [y_T[:8]]
     with autocast():
         refinement = model.refine(context, steps, config.sampling.variance, generator, y_T)
-        for i, (_, super_res, y_0) in enumerate(refinement, start=1):
+        for i, (_, y_t, y_0) in enumerate(refinement, start=1):
             if i in shown:
                 frames.append(y_0[:8])
+    super_res = y_t  # [64, C, H, W]
 
     pixels = F.interpolate(low_res, high_res.shape[2:], mode="nearest-exact")  # [64, C, H, W], still h × w squares
     save("hr", high_res, 8)
@@ -237,24 +264,18 @@ def train(flags: argparse.Namespace) -> None:
     device = choose_device(flags.device)
     precision = choose_precision(settings.precision, device)
     torch.backends.cudnn.benchmark = True  # shapes don't change, so the fastest convolutions are worth finding
-    autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
+    autocast = nullcontext if precision == torch.float32 else partial(torch.autocast, device.type, precision)
     if settings.batch_size % RANKS:
         raise InputError(f"training.batch_size is {settings.batch_size}: {RANKS} ranks don't divide it")
     batch_size = settings.batch_size // RANKS  # of each rank
-    if RANKS > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        join_ranks(device)  # waits for the first rank, which looks at everything first, downloads and unpacks
     output_dir = Path(flags.output_dir)
     checkpoint_path = output_dir / "checkpoint.pt"
     checkpoint = utils.load_checkpoint(checkpoint_path) if flags.resume else None
 
     # The data: 60,000 digits are 61 MB, so they lie on the device and batches are indexed from them.
-    if RANK > 0:
-        dist.barrier()  # the first rank downloads and unpacks
     dataset, train_images, test_images = load_data(config, Path(flags.data_dir))
-    if RANKS > 1 and RANK == 0:
-        dist.barrier()
     train_images, test_images = train_images.to(device), test_images[:64].to(device)  # uint8 [N, C, H, W]
 
     # The model, the average of its weights, which is what draws, and the optimizer.
@@ -271,7 +292,7 @@ def train(flags: argparse.Namespace) -> None:
         step, log = checkpoint["step"], checkpoint["log"]
         for name, part in parts.items():
             if checkpoint[name]:  # a scaler that was not in use has no state
-                part.load_state_dict(checkpoint[name])
+                load_state(part, checkpoint[name], checkpoint_path)
         if step >= settings.num_training_steps:
             raise InputError(
                 f"{checkpoint_path} has done its {step} steps; to go on, give a larger --num_training_steps"
@@ -279,8 +300,10 @@ def train(flags: argparse.Namespace) -> None:
     if RANK == 0:
         utils.prepare_output(output_dir, keep=flags.resume)
         utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
+        if RANKS > 1:
+            join_ranks(device)
     compile_networks([model.unet, ema.module.unet], flags.compile, device)
-    parallel = DistributedDataParallel(model) if RANKS > 1 else model  # averages the gradients of all ranks
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if RANKS > 1 else model  # averages gradients
 
     stop_signals = []  # Ctrl-C and SIGTERM let the step finish; a second one ends the script at once
 
@@ -309,7 +332,7 @@ def train(flags: argparse.Namespace) -> None:
     ) as progress:
         while step < settings.num_training_steps and not stopping:
             step += 1
-            torch.manual_seed(hash((settings.seed, step, RANK)))  # its own random numbers: a resumed run repeats them
+            torch.manual_seed(hash((settings.seed, step, RANK)))  # a step's own numbers: resuming repeats them
 
             # Algorithm 1, line 2: a pair (x, y_0), the context made from the image itself.
             indices = torch.randint(len(train_images), (batch_size,), device=device)
@@ -329,33 +352,33 @@ def train(flags: argparse.Namespace) -> None:
             scaler.update()
             optimizer.zero_grad()
             decay = min(settings.ema_decay, (1 + step) / (10 + step))
-            ema.multi_avg_fn = get_ema_multi_avg_fn(decay)  # a young average forgets faster
-            ema.update_parameters(model)
+            update_ema = get_ema_multi_avg_fn(decay)  # a young average forgets faster
+            update_ema(
+                list(ema.parameters()), list(model.parameters()), None
+            )  # ema.update_parameters waits for the GPU
 
-            # The log, and now and then the pictures. Only here does the script wait for the device, in `.item()`.
+            # The log, and now and then the pictures: only from here on does the script wait for the device.
             progress.update()
             loss_sum += loss.detach()
             log_steps += 1
             if RANKS == 1:
                 stopping = bool(stop_signals)
-            elif step % 10 == 0:  # all ranks stop after the same step
+            elif step % BAR_EVERY == 0:  # all ranks stop after the same step
                 stopping = sum_over_ranks(torch.tensor(len(stop_signals), device=device)).item() > 0
             drawing = step % settings.sample_every == 0 or step in settings.early_samples
             drawing = drawing or stopping or step == settings.num_training_steps
-            if step % 10 and not drawing:
+            if step % BAR_EVERY and not drawing:
                 continue
             mean_loss = sum_over_ranks(loss_sum).item() / RANKS / log_steps  # since the last row
             images_per_second = log_steps * settings.batch_size / (time.perf_counter() - log_start)
             progress.set_postfix_str(f"loss {mean_loss:.4f}, {images_per_second:.0f} images/s, PSNR {shown_psnr}")
             if step % LOG_EVERY and not drawing:
                 continue
-            if not (math.isfinite(mean_loss) and all(weight.isfinite().all() for weight in model.parameters())):
+            finite = torch.stack([weight.isfinite().all() for weight in model.parameters()]).all()
+            if not (math.isfinite(mean_loss) and finite):
                 progress.close()
-                fail(
-                    f"step {step}: the loss ({mean_loss}) or a weight is not finite; lower training.learning_rate "
-                    f"(the last checkpoint is as it was: {checkpoint_path})",
-                    status=1,
-                )
+                reason = f"loss {mean_loss} or a weight is not finite; lower training.learning_rate"
+                fail(f"step {step}: {reason}. {checkpoint_path} is as it was", status=1)
             if RANK == 0:
                 row = [dataset, step, mean_loss, optimizer.param_groups[0]["lr"], images_per_second]
                 if drawing:
@@ -384,6 +407,8 @@ def main(arguments: list[str] | None = None) -> None:
         train(parse_flags(arguments))
     except InputError as error:
         fail(error)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         fail("stopped before the first step", status=130)
 

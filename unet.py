@@ -18,8 +18,8 @@ class UNet(nn.Module):
     """f_θ(x, ỹ, γ): x and ỹ [B, C, H, W] in [-1, 1] and γ [B] in [0, 1] -> the predicted noise, [B, C, H, W] float32.
 
     Level i of the U works at H / 2^i with features · channel_multipliers[i] channels. Each half has `blocks_per_level`
-    residual blocks on every level; what a block of the way down puts out is concatenated to what its mirror image on
-    the way up takes in. Self-attention follows the blocks whose resolution is in `attention_resolutions`.
+    stages on every level; the output of a stage on the way down is concatenated to the input of its mirror image on the
+    way up. Self-attention follows the residual blocks whose resolution is in `attention_resolutions`.
 
     C is `image_channels`, 1 or 3; `image_size` is H and W. Raises ValueError for other channels, for a size that the
     levels don't divide, and for features that the norms' groups or the attention's heads don't divide.
@@ -54,7 +54,8 @@ class UNet(nn.Module):
         def attention(i: int) -> nn.Module:
             return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
 
-        self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)  # 1 … 1000
+        # Angles are in [0, π / 2]: frequencies from 1, a quarter turn in all, to 1000, which tells a thousandth apart.
+        self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(features, embedding_dim),
             nn.SiLU(),
@@ -62,7 +63,7 @@ class UNet(nn.Module):
             nn.SiLU(),
         )
         self.conv_in = nn.Conv2d(2 * image_channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()  # from the outside in: the way up grows from its end
         for i, width in enumerate(widths):
             for _ in range(blocks_per_level):
                 self.down.append(Stage(block(width, width), attention(i)))
@@ -119,6 +120,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, resample: str):
         super().__init__()
         self.norm1 = nn.GroupNorm(GROUPS, in_channels)
+        # Bilinear at half the size is the mean of 2×2 pixels; measured: twice AvgPool2d's speed in bfloat16 on a CPU.
+        halve, double = nn.Upsample(scale_factor=0.5, mode="bilinear"), nn.Upsample(scale_factor=2)
         self.resample = {"": nn.Identity(), "down": halve, "up": double}[resample]
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.scale_shift = nn.Linear(embedding_dim, 2 * out_channels)
@@ -153,7 +156,10 @@ class SelfAttention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block that keeps the resolution, then self-attention or nothing; each has a skip across the U."""
+    """A residual block that keeps the resolution, then self-attention or nothing.
+
+    On the way down its output is also the skip to its mirror image on the way up.
+    """
 
     def __init__(self, block: ResidualBlock, attention: nn.Module):
         super().__init__()
@@ -161,17 +167,6 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.attention(self.block(x, embedding))
-
-
-def halve(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C, H / 2, W / 2], the means of 2×2 pixels; measured: twice as fast as AvgPool2d on a CPU."""
-    return F.interpolate(x, scale_factor=0.5, mode="bilinear")
-
-
-def double(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C, 2 H, 2 W], each pixel four times; measured: twice as fast as Upsample on a CPU."""
-    x = torch.stack([x, x], dim=4).flatten(3)  # [B, C, H, 2 W]
-    return torch.stack([x, x], dim=3).flatten(2, 3)
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:

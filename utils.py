@@ -1,6 +1,7 @@
 """What the lesson needs beside the method: settings, data sets, bicubic resampling, picture grids and safe files."""
 
 import difflib
+import functools
 import io
 import itertools
 import math
@@ -37,7 +38,7 @@ class DatasetUnavailable(InputError):
 
 def between(low, high):
     """A number, or each number of a list, that must be in [low, high]."""
-    return field(metadata={"allowed": lambda value: low <= value <= high, "hint": f"from {low:g} to {high:g}"})
+    return field(metadata={"allowed": lambda value: low <= value <= high, "hint": f"from {low:,} to {high:,}"})
 
 
 def one_of(*choices: str):
@@ -66,8 +67,8 @@ class ModelConfig:
 @dataclass
 class DiffusionConfig:
     num_timesteps: int = between(1, 100_000)
-    beta_start: float = between(1e-9, 0.999)
-    beta_end: float = between(1e-9, 0.999)
+    beta_start: float = between(1e-7, 0.999)
+    beta_end: float = between(1e-7, 0.999)
 
 
 @dataclass
@@ -210,6 +211,11 @@ def load_torchvision(dataset: str, data_dir: Path, train: bool) -> Tensor:
         folder, archives = data_dir, [(kind.filename, kind.tgz_md5)]
     else:
         folder, archives = data_dir / names[dataset] / "raw", kind.resources
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{error.strerror}; give another --data_dir"
+        raise InputError(f"data folder {folder} can't be written: {reason}") from None
     for name, md5 in archives:
         if (folder / name).exists() and not check_integrity(folder / name, md5):
             raise InputError(f"{folder / name} is damaged (its MD5 is not {md5}); delete or replace it")
@@ -223,9 +229,8 @@ def load_torchvision(dataset: str, data_dir: Path, train: bool) -> Tensor:
         try:
             images = kind(data_dir, train=train, download=True).data
         except PermissionError as error:
-            raise InputError(
-                f"{dataset} can't be unpacked: {error}; copy it to a folder of your own for --data_dir"
-            ) from None
+            reason = f"{error.strerror}; copy it to a folder of your own for --data_dir"
+            raise InputError(f"{dataset} can't be unpacked into {folder}: {reason}") from None
         except (RuntimeError, OSError, HTTPException) as error:
             files = ", ".join(name for name, _ in archives)
             reason = " ".join(str(error).split())
@@ -236,6 +241,7 @@ def load_torchvision(dataset: str, data_dir: Path, train: bool) -> Tensor:
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
 
+@functools.cache
 def load_folder(folder: Path, image_size: int) -> Tensor:
     """All images below a folder, centre-cropped to squares and resized: uint8 [N, 3, image_size, image_size].
 
@@ -446,7 +452,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """The dictionary that `save_checkpoint` wrote, on the CPU. Raises InputError where it is missing or damaged."""
     if not Path(path).is_file():
-        raise InputError(f"there is no checkpoint {path} to resume; leave out --resume, or name its --output_dir")
+        raise InputError(f"there is no checkpoint {path}; to resume one, name its --output_dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "dataset", "step", "log", "model", "ema", "optimizer", "scaler"} - set(checkpoint)
@@ -461,9 +467,10 @@ def load_checkpoint(path: str | Path) -> dict:
 def check_same_run(checkpoint: dict, config: Config, dataset: str) -> None:
     """Raises InputError where a checkpoint was trained on another data set or has another network or diffusion."""
     if checkpoint["dataset"] != dataset:
-        raise InputError(f"this run would use {dataset}, the checkpoint is of {checkpoint['dataset']}; can't resume")
+        reason = f"this run would use {dataset}; set data.dataset to what it was, or leave out --resume"
+        raise InputError(f"the checkpoint is of a run on {checkpoint['dataset']}, {reason}")
     old, new = checkpoint["config"], asdict(config)
     for section, key in [(s, key) for s in ("data", "model", "diffusion") for key in new[s]]:
         before, now = old[section].get(key), new[section][key]
         if before != now and key not in ("dataset", "fallback"):
-            raise InputError(f"{section}.{key} is {now}, in the checkpoint it is {before}; can't resume with another")
+            raise InputError(f"{section}.{key} is {now}, in the checkpoint it is {before}; to resume, set it back")

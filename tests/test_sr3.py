@@ -163,6 +163,12 @@ def test_sampling_is_in_eval_mode_without_gradients_and_leaves_the_modes(trainin
         assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("schedule", [(2000, 1e-6, 0.5), (10, 1e-9, 1e-9), (2000, 1e-6, 0.999)])
+def test_a_schedule_that_leaves_nothing_to_divide_by_is_refused(schedule):
+    with pytest.raises(ValueError, match=str(schedule[2])):
+        SR3(Recorder(), *schedule)
+
+
 @pytest.mark.parametrize("arguments", [{"steps": 0}, {"steps": T + 1}, {"steps": 1, "variance": "fixed"}])
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match="0|2001|fixed"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sr3 import SR3
-from unet import UNet, double, halve
+from unet import ResidualBlock, UNet
 
 
 def small_unet(**changes):
@@ -51,7 +51,7 @@ def test_before_training_u_is_zero_and_the_prediction_is_the_noise_share_of_y():
 
 def test_blocks_halve_by_means_and_double_by_repetition():
     x = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
-    halved, doubled = halve(x), double(x)
+    halved, doubled = (ResidualBlock(8, 8, 8, 0.0, way).resample(x) for way in ("down", "up"))
     assert halved.shape == (2, 3, 2, 3) and doubled.shape == (2, 3, 8, 12)
     for i, j in ((0, 0), (1, 2)):
         torch.testing.assert_close(halved[..., i, j], x[..., 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3)))
