@@ -352,10 +352,8 @@ def train(flags: argparse.Namespace) -> None:
             scaler.update()
             optimizer.zero_grad()
             decay = min(settings.ema_decay, (1 + step) / (10 + step))
-            update_ema = get_ema_multi_avg_fn(decay)  # a young average forgets faster
-            update_ema(
-                list(ema.parameters()), list(model.parameters()), None
-            )  # ema.update_parameters waits for the GPU
+            # A young average forgets faster. (`ema.update_parameters` would make the script wait for the device.)
+            get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
 
             # The log, and now and then the pictures: only from here on does the script wait for the device.
             progress.update()

@@ -1,8 +1,10 @@
 """Two ranks on gloo: their gradients, and what a two-rank run writes."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -51,10 +53,13 @@ def test_two_ranks_with_half_the_batch_have_the_gradients_of_one_with_all(tmp_pa
             torch.testing.assert_close(found, weight.grad, atol=1e-6, rtol=1e-4)
 
 
-def torchrun(*arguments):
+def torchrun_command(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "train_mnist.py"), "--device", "cpu", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return [*command, str(ROOT / "train_mnist.py"), "--device", "cpu", *map(str, arguments)]
+
+
+def torchrun(*arguments):
+    return subprocess.run(torchrun_command(*arguments), capture_output=True, text=True, timeout=120)
 
 
 def test_a_two_rank_run_writes_one_set_of_grids_and_one_log_and_resumes(tiny_config, tmp_path):
@@ -68,6 +73,33 @@ def test_a_two_rank_run_writes_one_set_of_grids_and_one_log_and_resumes(tiny_con
     assert steps == ["step", "20", "30"]
     grids = [f"{name}-{step:06d}.png" for name in ("hr", "lr", "refinement", "sr") for step in (20, 30)]
     assert sorted(path.name for path in output.iterdir()) == sorted([*grids, "checkpoint.pt", "log.csv"])
+
+
+def test_ctrl_c_ends_all_ranks_with_a_checkpoint_of_the_same_step(tiny_config, tmp_path):
+    """A terminal sends SIGINT to torchrun and to its ranks; torchrun sends it to them once more."""
+    output = tmp_path / "output"
+    command = torchrun_command("--config_path", tiny_config(), "--output_dir", output, "--num_training_steps", 10**6)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.time() + 90
+    while not (output / "checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert out.count("goes on from there") == 1, error
+    checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] % 10 == 0 and f"step {checkpoint['step']};" in out
+    assert (output / f"sr-{checkpoint['step']:06d}.png").exists() and not list(output.glob("*.tmp"))
+
+
+def test_what_only_the_first_rank_finds_is_refused_in_one_line_too(tiny_config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    config = tiny_config(dataset="folder")
+    result = torchrun("--config_path", config, "--output_dir", tmp_path / "output", "--data_dir", tmp_path / "empty")
+    assert result.returncode != 0 and not (tmp_path / "output").exists()
+    assert result.stderr.count("train_mnist.py: no readable image") == 1
+    assert "Connection closed" not in result.stderr and "RuntimeError" not in result.stderr
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused_in_one_line(tiny_config, tmp_path):

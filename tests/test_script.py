@@ -547,7 +547,7 @@ def test_cuda_where_there_is_none_is_refused(refused, tiny_config):
     assert "cuda" in refused(tiny_config(), "--device", "cuda")
 
 
-@pytest.mark.parametrize("fault", ["archive", "cut off", "nothing", "empty folder"])
+@pytest.mark.parametrize("fault", ["archive", "cut off", "nothing", "empty folder", "a file"])
 def test_data_that_is_damaged_or_missing_is_refused(refused, tiny_config, write_mnist, tmp_path, fault):
     images = torch.zeros(4, 28, 28, dtype=torch.uint8)
     data_dir, word = tmp_path / "data", "damaged"
@@ -558,6 +558,9 @@ def test_data_that_is_damaged_or_missing_is_refused(refused, tiny_config, write_
     elif fault == "cut off":
         path = write_mnist(images, images) / "MNIST/raw/t10k-images-idx3-ubyte"
         path.write_bytes(path.read_bytes()[:1000])
+    elif fault == "a file":
+        data_dir.write_bytes(b"")
+        word = "can't be written"
     else:
         data_dir.mkdir()
         word = "downloaded" if fault == "nothing" else "no readable image"
@@ -616,6 +619,18 @@ def test_another_network_or_data_set_cannot_be_resumed(refused, tiny_config, wri
     data_dir = write_mnist(*[torch.zeros(70, 28, 28, dtype=torch.uint8)] * 2)
     line = refused(tiny_config(**changes), "--data_dir", data_dir, "--num_training_steps", 40, "--resume")
     assert all(word in line for word in words), line
+
+
+def test_a_schedule_that_leaves_nothing_to_divide_by_is_refused(refused, tiny_config):
+    assert "0.9" in refused(tiny_config(beta_end=0.9))
+
+
+def test_a_checkpoint_of_another_version_is_refused(refused, copy_of_finished, finished):
+    config, output = copy_of_finished
+    checkpoint = checkpoint_of(output)
+    checkpoint["model"]["unet.renamed"] = checkpoint["model"].pop("unet.conv_in.weight")
+    utils.save_checkpoint(output / "checkpoint.pt", checkpoint)
+    assert "another version" in refused(config, "--resume", "--num_training_steps", "40", output=output)
 
 
 def test_a_run_that_is_done_is_not_resumed(refused, tiny_config):
