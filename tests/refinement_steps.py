@@ -44,14 +44,18 @@ def main() -> None:
     low_res = utils.downsample(high_res, data["low_res_size"])
     context = utils.upsample(low_res, data["image_size"])
 
-    def judge(model: SR3, steps: int, variance: str) -> str:
-        generator = torch.Generator(device).manual_seed(0)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            images = model.sample(context, steps, variance=variance, generator=generator)
+    def mean_metrics(images: torch.Tensor) -> str:
         images, reference, source = map(utils.to_unit, (images, high_res, low_res))
         values = psnr(images, reference), ssim(images, reference), consistency(images, source)
         return "{:.2f} / {:.3f} / {:.1f}".format(*(value.mean().item() for value in values))
 
+    def judge(model: SR3, steps: int, variance: str) -> str:
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            images = model.sample(context, steps, variance=variance, generator=generator)
+        return mean_metrics(images)
+
+    print("bicubic:", mean_metrics(context))
     print("| steps | posterior | forward, 1 - α_t | posterior, spaced by squares |\n| --- | --- | --- | --- |")
     for steps in STEPS:
         cells = [judge(model, steps, "posterior"), judge(model, steps, "forward")]

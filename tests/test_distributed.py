@@ -1,4 +1,4 @@
-"""Two ranks on gloo: their gradients, and what a two-rank run writes."""
+"""Several ranks: gradients and runs of two on gloo, and what is chosen and refused on GPUs."""
 
 import os
 import signal
@@ -7,13 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+import train_mnist
 from sr3 import SR3
 from unet import UNet
+from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,3 +110,19 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_in_one_line(tiny_config, tm
     assert result.returncode != 0 and not (tmp_path / "output").exists()
     lines = [line for line in result.stderr.splitlines() if line.startswith("train_mnist.py: ")]
     assert len(lines) == 1 and "batch_size is 3" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_more_ranks_than_gpus_are_refused(monkeypatch, name):
+    monkeypatch.setattr(train_mnist, "RANKS", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="more ranks than GPUs, 1"):
+        train_mnist.choose_device(name)
+
+
+@pytest.mark.parametrize("capability, precision", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_t4_gets_float16_and_an_a100_bfloat16(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert train_mnist.choose_precision("auto", torch.device("cuda")) == precision
