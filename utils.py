@@ -168,12 +168,11 @@ def parse_section(section: type, values: dict, where: str):
             continue
         if kind is float and type(value) is int:
             value = float(value)
-        items = value if kind == list[int] and isinstance(value, list) else [value]
-        if type(value) is not kind and not (kind == list[int] and type(value) is list):
-            raise InputError(f"{where}{name} is {value!r}: it must be of type {getattr(kind, '__name__', kind)}")
-        for item in items:
-            if kind == list[int] and type(item) is not int or not setting.metadata["allowed"](item):
-                raise InputError(f"{where}{name} is {value!r}: it must be {setting.metadata['hint']}")
+        items, item_kind = (value, int) if type(value) is list and kind == list[int] else ([value], kind)
+        if any(type(item) is not item_kind for item in items):
+            raise InputError(f"{where}{name} is {value!r}: it must be of type {kind.__name__}")
+        if not all(map(setting.metadata["allowed"], items)):
+            raise InputError(f"{where}{name} is {value!r}: it must be {setting.metadata['hint']}")
         settings[name] = value
     return section(**settings)
 
