@@ -52,7 +52,9 @@ def test_two_ranks_with_half_the_batch_have_the_gradients_of_one_with_all(tmp_pa
         losses.append(model.loss(*[images[4 * rank : 4 * rank + 4]] * 2))
     (sum(losses) / 2).backward()  # the mean over the whole batch
     for rank in range(2):
-        for found, weight in zip(torch.load(tmp_path / f"{rank}.pt"), model.parameters(), strict=True):
+        for found, weight in zip(
+            torch.load(tmp_path / f"{rank}.pt", weights_only=True), model.parameters(), strict=True
+        ):
             torch.testing.assert_close(found, weight.grad, atol=1e-6, rtol=1e-4)
 
 
