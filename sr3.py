@@ -105,6 +105,40 @@ class SR3(nn.Module):
         return y_t
 
 
+class Regression(nn.Module):
+    """The baseline of section 4: the U-Net without noise maps x straight to y_0. It has SR3's face, no diffusion."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def predict(self, context: Tensor) -> Tensor:
+        """x -> ŷ_0, both [B, C, H, W]: at γ = 1 no noise is in ỹ, f_θ is U alone, and zeros take the place of ỹ."""
+        return self.unet(context, torch.zeros_like(context), context.new_ones(len(context)))
+
+    def loss(self, high_res: Tensor, context: Tensor) -> Tensor:
+        """The mean squared error of ŷ_0, for y_0 and x as `SR3.loss` takes them; a scalar.
+
+        The best answer to it is the mean of all y_0 that could belong to x, and that mean is blurred.
+        """
+        return F.mse_loss(self.predict(context), high_res)
+
+    def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
+        """`loss`, under the name that DistributedDataParallel calls."""
+        return self.loss(high_res, context)
+
+    @torch.no_grad()
+    def refine(self, context: Tensor, steps: int = 1, **options) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """What SR3 does in many steps, in one: yields (1.0, ŷ_0, ŷ_0), whatever number is asked for."""
+        with eval_mode(self.unet):
+            y_0 = self.predict(context).clamp(-1, 1)
+        yield 1.0, y_0, y_0
+
+    def sample(self, context: Tensor, steps: int = 1, **options) -> Tensor:
+        """ŷ_0, [B, C, H, W] in [-1, 1]: the same for the same x, every time."""
+        return next(self.refine(context))[-1]
+
+
 @contextmanager
 def eval_mode(module: nn.Module):
     """Puts a module and all inside it in eval mode, and afterwards each of them back in the mode it was in."""

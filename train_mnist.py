@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import utils
 from metrics import consistency, psnr, ssim
-from sr3 import SR3
+from sr3 import SR3, Regression
 from unet import UNet
 from utils import Config, InputError, downsample, to_float, upsample
 
@@ -184,10 +184,10 @@ def load_data(config: Config, data_dir: Path) -> tuple[str, Tensor, Tensor]:
 # The model
 
 
-def build_model(config: Config) -> SR3:
+def build_model(config: Config) -> SR3 | Regression:
     try:
         unet = UNet(image_channels=config.data.channels, image_size=config.data.image_size, **asdict(config.model))
-        return SR3(unet, **asdict(config.diffusion))
+        return SR3(unet, **asdict(config.diffusion)) if config.method == "sr3" else Regression(unet)
     except ValueError as error:
         raise InputError(f"config: {error}") from None
 
@@ -199,8 +199,8 @@ def load_state(part, state: dict, checkpoint_path: str | Path) -> None:
         raise InputError(f"{checkpoint_path} is of another version of this lesson; train again") from None
 
 
-def load_model(checkpoint_path: str | Path, device: str = "cpu") -> SR3:
-    """A trained SR3, with the averaged weights, ready to `sample`. Raises InputError for what is no checkpoint.
+def load_model(checkpoint_path: str | Path, device: str = "cpu") -> SR3 | Regression:
+    """A trained model with the averaged weights, ready to `sample`. Raises InputError for what is no checkpoint.
 
     model = load_model("output/checkpoint.pt")
     images = model.sample(upsample(low_res, 32), steps=25)  # low_res: [B, C, 8, 8] in [-1, 1]
@@ -215,7 +215,9 @@ def load_model(checkpoint_path: str | Path, device: str = "cpu") -> SR3:
 # The pictures
 
 
-def draw(model: SR3, test_images: Tensor, config: Config, autocast: Callable, save: Callable) -> dict[str, float]:
+def draw(
+    model: SR3 | Regression, test_images: Tensor, config: Config, autocast: Callable, save: Callable
+) -> dict[str, float]:
     """Super-resolve uint8 test images [N, C, H, W] and show it: `save(name, images, columns)` writes one grid.
 
     Every call starts from the same noise, so that grids differ by the weights alone. Returns the mean metrics.
@@ -230,7 +232,7 @@ def draw(model: SR3, test_images: Tensor, config: Config, autocast: Callable, sa
     shown = {round(steps ** (i / 6)) for i in range(6)}  # the first steps change most: more of them are shown
     frames = [y_T[:8]]
     with autocast():
-        refinement = model.refine(context, steps, config.sampling.variance, generator, y_T)
+        refinement = model.refine(context, steps, variance=config.sampling.variance, generator=generator, y_T=y_T)
         for i, (_, y_t, y_0) in enumerate(refinement, start=1):
             if i in shown:
                 frames.append(y_0[:8])
@@ -240,6 +242,8 @@ def draw(model: SR3, test_images: Tensor, config: Config, autocast: Callable, sa
     save("hr", high_res, 8)
     save("lr", pixels, 8)
     save("sr", super_res, 8)
+    if config.method == "regression":
+        frames = []  # it has neither noise nor steps to show
     frames = [pixels[:8], *frames, super_res[:8], high_res[:8]]  # one column each
     save("refinement", torch.stack(frames, dim=1).flatten(0, 1), len(frames))
 

@@ -92,12 +92,20 @@ class TrainingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    num_images: int = between(0, 10**6)
+    regression_checkpoint: str = field(metadata={"allowed": lambda _: True})
+
+
+@dataclass
 class Config:
     data: DataConfig
     model: ModelConfig
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     training: TrainingConfig
+    evaluation: EvaluationConfig
+    method: str = one_of("sr3", "regression")
 
 
 def load_config(path: str | Path, **training: int | None) -> Config:
@@ -464,11 +472,15 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def check_same_run(checkpoint: dict, config: Config, dataset: str) -> None:
-    """Raises InputError where a checkpoint was trained on another data set or has another network or diffusion."""
+    """Raises InputError where a checkpoint is of another data set or method, or has another network or diffusion."""
     if checkpoint["dataset"] != dataset:
         reason = f"this run would use {dataset}; set data.dataset to what it was, or leave out --resume"
         raise InputError(f"the checkpoint is of a run on {checkpoint['dataset']}, {reason}")
     old, new = checkpoint["config"], asdict(config)
+    if old.get("method") != config.method:
+        raise InputError(
+            f"method is {config.method}, in the checkpoint it is {old.get('method')}; to resume, set it back"
+        )
     for section, key in [(s, key) for s in ("data", "model", "diffusion") for key in new[s]]:
         before, now = old[section].get(key), new[section][key]
         if before != now and key not in ("dataset", "fallback"):

@@ -20,7 +20,7 @@ import utils
 from utils import InputError, downsample, draw_digits, load_config, load_images, upsample
 
 CONFIGS = sorted((Path(utils.__file__).parent / "configs").glob("*.toml"))
-MILLIONS = {"mnist": (3, 5), "color_digits": (3, 5), "cifar10": (3, 5), "mnist_large": (30, 50)}
+MILLIONS = {"mnist": (3, 5), "mnist_regression": (3, 5), "color_digits": (3, 5), "cifar10": (3, 5), "mnist_large": (30, 50)}
 
 
 def random_images(*shape, seed=0):
