@@ -16,6 +16,7 @@ if sys.version_info < (3, 11):
     sys.exit(2)
 
 import argparse
+import json
 import math
 import os
 import signal
@@ -33,11 +34,13 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import metrics
 import utils
 from metrics import consistency, psnr, ssim
 from sr3 import SR3, Regression
@@ -52,6 +55,7 @@ LOG_COLUMNS = (
     "dataset,step,loss,learning_rate,images_per_second,"
     "psnr,ssim,consistency,bicubic_psnr,bicubic_ssim,bicubic_consistency"
 )
+GRID = 64  # test images in a grid; whatever is drawn is drawn in batches of so many, which is what gets compiled
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,6 +76,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on GPUs with Triton"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
+    parser.add_argument("--regression_checkpoint", help="of a trained baseline, for its row in the final table")
     return parser.parse_args(arguments)
 
 
@@ -180,6 +185,14 @@ def load_data(config: Config, data_dir: Path) -> tuple[str, Tensor, Tensor]:
     return name, *(utils.load_images(name, data_dir, train, size, channels) for train in (True, False))
 
 
+def make_pair(images: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """From uint8 images in 0…255 the target y_0, the low-resolution image and the context x, all three in [-1, 1]."""
+    high_res = to_float(images)  # [B, C, H, W]
+    low_res = downsample(high_res, config.data.low_res_size)  # [B, C, h, w]
+    context = upsample(low_res, config.data.image_size)  # [B, C, H, W]
+    return high_res, low_res, context
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -222,9 +235,7 @@ def draw(
 
     Every call starts from the same noise, so that grids differ by the weights alone. Returns the mean metrics.
     """
-    high_res = to_float(test_images)  # [64, C, H, W]
-    low_res = downsample(high_res, config.data.low_res_size)  # [64, C, h, w]
-    context = upsample(low_res, config.data.image_size)  # [64, C, H, W]
+    high_res, low_res, context = make_pair(test_images, config)  # [64, C, H or h, W or w]
     generator = torch.Generator(context.device).manual_seed(config.training.seed)  # its own: training stays as it is
     y_T = torch.randn(context.shape, generator=generator, device=context.device)
 
@@ -257,6 +268,112 @@ def draw(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The final table (section 4)
+
+
+def load_baseline(checkpoint_path: str, config: Config, dataset: str, device: torch.device) -> tuple[Regression, int]:
+    """The regression that SR3 is compared with, and the steps it was trained for.
+
+    Raises InputError for a checkpoint of another method, data set or image size.
+    """
+    if config.method == "regression":
+        raise InputError(f"regression_checkpoint is {checkpoint_path}, but this run trains a regression; leave it out")
+    checkpoint = utils.load_checkpoint(checkpoint_path)
+
+    def describe(method: str, dataset: str, data: dict) -> str:
+        return f"{method} on {dataset}, " + "{low_res_size} -> {image_size}, channels {channels}".format_map(data)
+
+    needed = describe("regression", dataset, asdict(config.data))
+    given = checkpoint["config"]
+    given = describe(given.get("method"), checkpoint["dataset"], given["data"])
+    if given != needed:
+        raise InputError(f"regression_checkpoint {checkpoint_path} is of {given}; this run needs one of {needed}")
+    return load_model(checkpoint_path, device), checkpoint["step"]
+
+
+def draw_all(model: SR3 | Regression, context: Tensor, config: Config, autocast: Callable, name: str) -> Tensor:
+    """Super-resolve x for any number of images, GRID at a time: [N, C, H, W] in [-1, 1] -> the same in [0, 1]."""
+    generator = torch.Generator(context.device).manual_seed(config.training.seed)
+    options = {"variance": config.sampling.variance, "generator": generator}
+    images = []
+    for part in tqdm(context.split(GRID), desc=name, unit="batch", dynamic_ncols=True, leave=False):
+        full = torch.cat([part, part[:1].expand(GRID - len(part), -1, -1, -1)])  # a network compiled for GRID images
+        with autocast():
+            images.append(model.sample(full, config.sampling.steps, **options)[: len(part)])
+    return utils.to_unit(torch.cat(images))
+
+
+def evaluate(
+    models: dict[str, tuple[SR3 | Regression, int]],
+    config: Config,
+    dataset: str,
+    train_set: tuple[Tensor, Tensor | None],
+    test_set: tuple[Tensor, Tensor | None],
+    autocast: Callable,
+    output_dir: Path,
+) -> None:
+    """Judge each method's model, trained for so many steps: prints a table, writes results.md, .json and diversity.png.
+
+    A set is uint8 images [N, C, H, W] and int64 labels [N], or None where it has none.
+    """
+    (train_images, train_labels), (test_images, test_labels) = train_set, test_set
+    device = train_images.device
+    order = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(0))
+    chosen = order[: config.evaluation.num_images]  # the same in every run
+    images, low_res, context = make_pair(test_images[chosen].to(device), config)  # [N, C, H or h, W or w]
+    outputs = {"reference": utils.to_unit(images), "bicubic": utils.to_unit(context)}
+    outputs |= {name: draw_all(model, context, config, autocast, name) for name, (model, _) in models.items()}
+    outputs = {name: (255 * images).round() / 255 for name, images in outputs.items()}  # as a picture file has them
+    low_res, context = utils.to_unit(low_res), utils.to_unit(context)
+
+    print(f"judging {len(chosen):,} test images", flush=True)
+    classifier = labels = None
+    if train_labels is not None:
+        classifier = metrics.train_classifier(train_images, train_labels.to(device))
+        labels = test_labels[chosen].to(device)
+    rows = {}
+    for name, images in outputs.items():
+        scores = metrics.judge(images, outputs["reference"], low_res, context, labels, classifier)
+        rows[name] = {"training_steps": models[name][1] if name in models else None} | scores
+
+    results = {"dataset": dataset, "num_images": len(chosen), "sampling": asdict(config.sampling), "methods": rows}
+    caption = (
+        f"{len(chosen):,} test images of {dataset}, {config.data.low_res_size}×{config.data.low_res_size} -> "
+        f"{config.data.image_size}×{config.data.image_size}; SR3 draws in {config.sampling.steps} refinement steps. "
+        f"Mean ± standard error, of the fool rate also the 95 % interval."
+    )
+    if "SR3" in models:
+        results["diversity"] = draw_diversity(models, test_images[:8].to(device), config, autocast, output_dir, dataset)
+        caption += f" Mean standard deviation of SR3's samples for the same input: {results['diversity']:.3f}."
+    table = f"{metrics.format_table(rows)}\n{caption}\n"
+    utils.write_atomically(output_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    utils.write_atomically(output_dir / "results.md", table.encode())
+    print(table, end="")
+
+
+def draw_diversity(
+    models: dict, test_images: Tensor, config: Config, autocast: Callable, output_dir: Path, dataset: str
+) -> float:
+    """Draw what SR3 makes of uint8 images [8, C, H, W], eight times each; returns the mean standard deviation.
+
+    One row for each: x, its samples, their standard deviation (white is 0.5, the largest there can be), the regression
+    where there is one, and the reference.
+    """
+    high_res, low_res, context = make_pair(test_images, config)
+    model, step = models["SR3"]
+    samples = draw_all(model, context.repeat_interleave(8, dim=0), config, autocast, "diversity")
+    samples = rearrange(samples, "(b k) c h w -> b k c h w", k=8)
+    pixels = F.interpolate(low_res, high_res.shape[2:], mode="nearest-exact")
+    columns = [utils.to_unit(pixels), *samples.unbind(1), 2 * samples.std(dim=1)]
+    if "regression" in models:
+        columns.append(draw_all(models["regression"][0], context, config, autocast, "regression"))
+    columns.append(utils.to_unit(high_res))
+    grid = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)
+    utils.save_grid(output_dir / "diversity.png", grid, len(columns), f"{dataset}, step {step}")
+    return metrics.diversity(samples).mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -280,7 +397,7 @@ def train(flags: argparse.Namespace) -> None:
 
     # The data: 60,000 digits are 61 MB, so they lie on the device and batches are indexed from them.
     dataset, train_images, test_images = load_data(config, Path(flags.data_dir))
-    train_images, test_images = train_images.to(device), test_images[:64].to(device)  # uint8 [N, C, H, W]
+    train_images, grid_images = train_images.to(device), test_images[:GRID].to(device)  # uint8 [N, C, H, W]
 
     # The model, the average of its weights, which is what draws, and the optimizer.
     torch.manual_seed(settings.seed)
@@ -297,11 +414,11 @@ def train(flags: argparse.Namespace) -> None:
         for name, part in parts.items():
             if checkpoint[name]:  # a scaler that was not in use has no state
                 load_state(part, checkpoint[name], checkpoint_path)
-        if step >= settings.num_training_steps:
-            raise InputError(
-                f"{checkpoint_path} has done its {step} steps; to go on, give a larger --num_training_steps"
-            )
     if RANK == 0:
+        models = {}  # what the final table compares: by method, the model and its training steps
+        baseline_path = flags.regression_checkpoint or config.evaluation.regression_checkpoint
+        if baseline_path:
+            models["regression"] = load_baseline(baseline_path, config, dataset, device)
         utils.prepare_output(output_dir, keep=flags.resume)
         utils.save_log(output_dir / "log.csv", LOG_COLUMNS, log)
         if RANKS > 1:
@@ -340,9 +457,7 @@ def train(flags: argparse.Namespace) -> None:
 
             # Algorithm 1, line 2: a pair (x, y_0), the context made from the image itself.
             indices = torch.randint(len(train_images), (batch_size,), device=device)
-            high_res = to_float(train_images[indices])  # [B, C, H, W]
-            low_res = downsample(high_res, config.data.low_res_size)  # [B, C, h, w]
-            context = upsample(low_res, config.data.image_size)  # [B, C, H, W]
+            high_res, _, context = make_pair(train_images[indices], config)  # [B, C, H, W] each
 
             # Lines 3 to 5: the loss, and one gradient step on it.
             with autocast():
@@ -384,7 +499,7 @@ def train(flags: argparse.Namespace) -> None:
             if RANK == 0:
                 row = [dataset, step, mean_loss, optimizer.param_groups[0]["lr"], images_per_second]
                 if drawing:
-                    results = draw(ema.module, test_images, config, autocast, save_images)
+                    results = draw(ema.module, grid_images, config, autocast, save_images)
                     shown_psnr = f"{results['psnr']:.1f} dB"
                     row += results.values()
                 log.append(row)
@@ -398,10 +513,21 @@ def train(flags: argparse.Namespace) -> None:
             log_steps, log_start = 0, time.perf_counter()
     if RANKS > 1:
         dist.destroy_process_group()
-    if stopping and step < settings.num_training_steps:
+    if stopping and (step < settings.num_training_steps or config.evaluation.num_images):
         if RANK == 0:
             print(f"stopped after step {step}; the same command with --resume goes on from there")
         sys.exit(128 + (stop_signals or [signal.SIGINT])[0])
+
+    # The final table; all is saved by now, so Ctrl-C may end the script at once.
+    if RANK == 0 and config.evaluation.num_images and not stop_signals:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        models["SR3" if config.method == "sr3" else "regression"] = ema.module, step
+        sets = [
+            (images, utils.load_labels(dataset, flags.data_dir, train, images.shape[-1], images.shape[1]))
+            for images, train in ((train_images, True), (test_images, False))
+        ]
+        evaluate(models, config, dataset, *sets, autocast, output_dir)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -412,7 +538,7 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        fail("stopped before the first step", status=130)
+        fail("stopped; the same command with --resume goes on from the last checkpoint, if there is one", status=130)
 
 
 if __name__ == "__main__":

@@ -197,21 +197,30 @@ def load_images(dataset: str, data_dir: str | Path, train: bool, image_size: int
     and antialiased. Raises DatasetUnavailable without files and network, InputError for files that are damaged.
     """
     if dataset == "digits":
-        return draw_digits(60_000 if train else 10_000, image_size, channels, seed=0 if train else 1)[0]
+        return drawn_digits(train, image_size, channels)[0]
     if dataset == "folder":
         images = load_folder(Path(data_dir), image_size)
         is_test = torch.arange(len(images)) % 10 == 0
         images = images[is_test != train] if len(images) > 1 else images
     else:
-        images = load_torchvision(dataset, Path(data_dir), train)
+        images = load_torchvision(dataset, Path(data_dir), train)[0]
         images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
     if channels == 1 and images.shape[1] == 3:
         return torch.cat([TF.rgb_to_grayscale(part.float()).round().byte() for part in images.split(1000)])
     return images.expand(-1, channels, -1, -1).contiguous()
 
 
-def load_torchvision(dataset: str, data_dir: Path, train: bool) -> Tensor:
-    """uint8 [N, C, H, W] of MNIST, Fashion-MNIST or CIFAR-10 in their own size; errors as `load_images`."""
+def load_labels(dataset: str, data_dir: str | Path, train: bool, image_size: int, channels: int) -> Tensor | None:
+    """The classes of `load_images`' images, whose arguments it takes: int64 [N] from 0; None for a folder's."""
+    if dataset == "folder":
+        return None
+    if dataset == "digits":
+        return drawn_digits(train, image_size, channels)[1]
+    return load_torchvision(dataset, Path(data_dir), train)[1]
+
+
+def load_torchvision(dataset: str, data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """uint8 [N, C, H, W] of MNIST, Fashion-MNIST or CIFAR-10 in their own size, int64 [N]; errors as `load_images`."""
     names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
     kind = getattr(torchvision.datasets, names[dataset])
     if dataset == "cifar10":
@@ -227,14 +236,14 @@ def load_torchvision(dataset: str, data_dir: Path, train: bool) -> Tensor:
         if (folder / name).exists() and not check_integrity(folder / name, md5):
             raise InputError(f"{folder / name} is damaged (its MD5 is not {md5}); delete or replace it")
     try:
-        images = kind(data_dir, train=train).data
+        data = kind(data_dir, train=train)
     except Exception as error:
         if not str(error).startswith("Dataset not found"):
             reason = str(error) or type(error).__name__
             raise InputError(f"{dataset} in {folder} is damaged ({reason}); delete it and run again") from None
         socket.setdefaulttimeout(30)  # seconds: a server that doesn't answer must not hang the lesson
         try:
-            images = kind(data_dir, train=train, download=True).data
+            data = kind(data_dir, train=train, download=True)
         except PermissionError as error:
             reason = f"{error.strerror}; copy it to a folder of your own for --data_dir"
             raise InputError(f"{dataset} can't be unpacked into {folder}: {reason}") from None
@@ -244,8 +253,9 @@ def load_torchvision(dataset: str, data_dir: Path, train: bool) -> Tensor:
             raise DatasetUnavailable(
                 f"{dataset} could not be downloaded ({reason}); put {files} into {folder.resolve()}"
             ) from None
-    images = torch.as_tensor(images)  # [N, H, W], or [N, H, W, 3] from CIFAR-10
-    return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    images = torch.as_tensor(data.data)  # [N, H, W], or [N, H, W, 3] from CIFAR-10
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return images, torch.as_tensor(data.targets)
 
 
 @functools.cache
@@ -362,6 +372,12 @@ def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: 
     return torch.cat(images), torch.cat(labels)
 
 
+@functools.cache
+def drawn_digits(train: bool, image_size: int, channels: int) -> tuple[Tensor, Tensor]:
+    """The data set "digits": as many as MNIST has, drawn once."""
+    return draw_digits(60_000 if train else 10_000, image_size, channels, seed=0 if train else 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bicubic resampling: how the low-resolution image is made, and how the context x is made from it (section 2.4)
 
@@ -418,7 +434,13 @@ def prepare_output(output_dir: Path, keep: bool) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / ".probe", bytes(4096))  # a full disk shows before anything is moved
         (output_dir / ".probe").unlink()
-        names = ("checkpoint.pt", "log.csv", *(f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")))
+        names = (
+            "checkpoint.pt",
+            "log.csv",
+            "results.*",
+            "diversity.png",
+            *(f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")),
+        )
         earlier = [path for name in names for path in output_dir.glob(name)]
         if earlier and not keep:
             folder = next(f for i in itertools.count(1) if not (f := output_dir / f"earlier-{i}").exists())

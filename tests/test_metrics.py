@@ -1,11 +1,14 @@
 """metrics.py against closed forms, and against the definition of SSIM written out window by window in float64."""
 
 import math
+import os
 
 import pytest
 import torch
 
-from metrics import consistency, psnr, ssim
+import metrics
+import utils
+from metrics import consistency, fool_rate, psnr, ssim, summarize
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -65,3 +68,93 @@ def test_consistency_is_zero_for_the_source_and_squared_levels_for_an_offset():
     flat = torch.full((2, 3, 32, 32), 0.5)
     offset = consistency(flat + 10 / 255, torch.full((2, 3, 8, 8), 0.5))
     torch.testing.assert_close(offset, torch.full((2,), 100.0), atol=0.01, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judges
+
+
+def digits(number, channels=1, size=16):
+    """Drawn digits as images in [0, 1], their contexts and their labels."""
+    images, labels = utils.draw_digits(number, size, channels)
+    context = utils.upsample(utils.downsample(images / 127.5 - 1, size // 4), size)
+    return images / 255, utils.to_unit(context), labels
+
+
+def test_the_classifier_learns_digits_and_sees_them_less_well_in_bicubic_images():
+    images, labels = utils.draw_digits(4000, 16)
+    classifier = metrics.train_classifier(images[:3500], labels[:3500])
+    real, context, _ = digits(4000)
+    right = metrics.accuracy(real[3500:], labels[3500:], classifier)
+    assert right.shape == (500,) and set(right.tolist()) <= {0.0, 1.0} and right.mean() > 0.9
+    wrong = metrics.accuracy(real[3500:], (labels[3500:] + 1) % 10, classifier)
+    assert (right + wrong).max() == 1 and wrong.mean() < 0.1
+    assert metrics.accuracy(context[3500:], labels[3500:], classifier).mean() < right.mean()
+
+
+@pytest.mark.skipif("SR3_DATA_DIR" not in os.environ, reason="SR3_DATA_DIR names no folder with MNIST")
+def test_the_classifier_knows_the_real_mnist():
+    (images, labels), (test_images, test_labels) = (
+        [load("mnist", os.environ["SR3_DATA_DIR"], train, 32, 1) for load in (utils.load_images, utils.load_labels)]
+        for train in (True, False)
+    )
+    assert labels.shape == (60_000,) and test_labels.bincount().tolist()[:2] == [980, 1135]
+    classifier = metrics.train_classifier(images, labels)
+    assert metrics.accuracy(test_images / 255, test_labels, classifier).mean() >= 0.985
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_judge_cannot_tell_the_reference_from_itself(channels):
+    images, context, _ = digits(400, channels)
+    fooled = fool_rate(images, images, context)
+    assert fooled.shape == (200,)
+    low, high = summarize(fooled, rate=True)["interval_95"]
+    assert low < 0.5 < high
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_judge_is_not_fooled_by_bicubic_images(channels):
+    images, context, _ = digits(400, channels)
+    assert fool_rate(context, images, context).mean() < 0.02
+
+
+def test_the_judge_is_fooled_by_half_of_what_it_cannot_tell():
+    """Every second output is the reference itself: at those it guesses, at the others it isn't fooled: 25 %."""
+    images, context, _ = digits(1000)
+    outputs = torch.stack([images[::2], context[1::2]], dim=1).flatten(0, 1)
+    fooled = fool_rate(outputs, images, context).view(250, 2).mean(0)  # of either kind
+    assert abs(fooled[0] - 0.5) < 4 * 0.5 / 250**0.5 and fooled[1] < 0.04
+
+
+def test_the_judge_looks_at_the_low_resolution_picture():
+    """Outputs that are real images, but of another digit: only x gives them away."""
+    images, context, _ = digits(1500)
+    assert fool_rate(images.roll(1, dims=0), images, context).mean() < 0.2
+
+
+def test_a_seed_decides_what_a_judge_learns_and_nothing_else_changes():
+    images, context, _ = digits(40)
+    state = torch.get_rng_state()
+    first, again = (fool_rate(images.flip(3), images, context) for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())
+
+
+def test_diversity_of_two_kinds_of_samples_is_its_closed_form():
+    """Four samples at m - d and four at m + d have the standard deviation √(8 d² / 7)."""
+    middle = torch.rand(3, 1, 2, 5, 5) * 0.5 + 0.25
+    d = torch.tensor([0.0, 0.1, 0.2]).view(3, 1, 1, 1, 1)
+    samples = torch.cat([(middle - d).expand(-1, 4, -1, -1, -1), (middle + d).expand(-1, 4, -1, -1, -1)], dim=1)
+    expected = d.flatten() * math.sqrt(8 / 7)
+    torch.testing.assert_close(metrics.diversity(samples), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_summaries_are_the_mean_its_standard_error_and_wilsons_interval():
+    values = torch.tensor([1.0, 2.0, 4.0, 9.0])
+    variance = (9 + 4 + 0 + 25) / 3
+    expected = {"mean": 4.0, "standard_error": math.sqrt(variance / 4)}
+    assert summarize(values) == pytest.approx(expected)
+    for wins, low, high in ((0, 0.0, 0.27753), (5, 0.23659, 0.76341), (10, 0.72247, 1.0)):  # of ten
+        interval = summarize(torch.tensor([1.0] * wins + [0.0] * (10 - wins)), rate=True)["interval_95"]
+        assert interval == pytest.approx([low, high], abs=1e-4)
+    assert summarize(torch.tensor([math.inf, math.inf])) == {"mean": None, "standard_error": None}
+    assert summarize(torch.tensor([0.5])) == {"mean": 0.5, "standard_error": None}

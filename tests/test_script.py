@@ -4,6 +4,7 @@ import contextlib
 import csv
 import functools
 import io
+import json
 import math
 import re
 import resource
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT, write_tiny_config
 from PIL import Image
 
+import metrics
 import sr3
 import train_mnist
 import utils
@@ -28,14 +30,7 @@ HEADER = (
     "dataset,step,loss,learning_rate,images_per_second,"
     "psnr,ssim,consistency,bicubic_psnr,bicubic_ssim,bicubic_consistency"
 )
-DRAW_DIGITS = functools.lru_cache(utils.draw_digits)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def digits_drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "draw_digits", DRAW_DIGITS)
-        yield
+FEW_DIGITS = functools.cache(lambda train, size, channels: utils.draw_digits(70, size, channels, seed=int(train)))
 
 
 def run(config, output, *flags):
@@ -352,7 +347,7 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on_later(finished, tmp_p
 
 
 def test_a_signal_during_the_last_step_does_not_promise_more(tiny_config, tmp_path, monkeypatch, capsys):
-    """What has done all its steps can't be resumed by the same command."""
+    """Where all steps are done, and no table was asked for, nothing is left to go on with."""
     original = sr3.SR3.loss
     monkeypatch.setattr(sr3.SR3, "loss", lambda self, *i: signal.raise_signal(signal.SIGINT) or original(self, *i))
     with contextlib.suppress(SystemExit):
@@ -450,14 +445,136 @@ def test_a_run_in_float32_resumes_in_float16(copy_of_finished, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The baseline and the final table
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A regression and an SR3 run of 20 steps on few drawn digits with their tables: config and output of each."""
+    folder = tmp_path_factory.mktemp("judged")
+    configs = [
+        write_tiny_config(folder / f"{method}.toml", method=method, channels=3, num_images=60)
+        for method in ("regression", "sr3")
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "drawn_digits", FEW_DIGITS)
+        run(configs[0], folder / "regression")
+        run(configs[1], folder / "sr3", "--regression_checkpoint", folder / "regression/checkpoint.pt")
+    return configs, [folder / "regression", folder / "sr3"]
+
+
+def results_of(output):
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads((output / "results.json").read_text(), parse_constant=refuse)
+
+
+def test_a_regression_run_writes_the_same_grids_without_noise(judged):
+    _, (output, _) = judged
+    names = [*(f"{name}-000020.png" for name in GRIDS), "checkpoint.pt", "log.csv", "results.json", "results.md"]
+    assert sorted(p.name for p in output.iterdir()) == sorted(names)
+    assert log_of(output)[-1]["psnr"] and checkpoint_of(output)["config"]["method"] == "regression"
+    rows = cells(output / "refinement-000020.png", columns=3).view(8, 3, 16, 16, 3)
+    for column, name in enumerate(("lr", "sr", "hr")):
+        assert torch.equal(rows[:, column], cells(output / f"{name}-000020.png")[:8])
+    model = train_mnist.load_model(output / "checkpoint.pt")
+    assert isinstance(model, sr3.Regression) and not any(module.training for module in model.modules())
+
+
+def test_the_table_has_a_row_for_each_method_and_agrees_with_independent_arithmetic(judged):
+    _, (regression, output) = judged
+    results = results_of(output)
+    assert results["dataset"] == "digits" and results["num_images"] == 60
+    rows = results["methods"]
+    assert list(rows) == ["reference", "bicubic", "regression", "SR3"]
+    assert list(results_of(regression)["methods"]) == ["reference", "bicubic", "regression"]
+    assert [row["training_steps"] for row in rows.values()] == [None, None, 20, 20]
+    assert rows["regression"] == results_of(regression)["methods"]["regression"]
+
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(0))[:60]
+    images = FEW_DIGITS(False, 16, 3)[0][order].double()
+    context = utils.upsample(utils.downsample(images.float() / 127.5 - 1, 4), 16).clamp(-1, 1).double()
+    error = (((context + 1) * 127.5).round() - images) / 255
+    psnr = -10 * error.square().mean((1, 2, 3)).log10()
+    assert rows["bicubic"]["psnr"]["mean"] == pytest.approx(psnr.mean().item(), abs=1e-3)
+    assert rows["bicubic"]["psnr"]["standard_error"] == pytest.approx(psnr.std().item() / 60**0.5, rel=1e-3)
+    assert rows["reference"]["psnr"] == {"mean": None, "standard_error": None}
+    assert rows["reference"]["ssim"]["mean"] == pytest.approx(1) and rows["reference"]["consistency"]["mean"] < 1e-6
+    low, high = rows["reference"]["fool_rate"]["interval_95"]
+    assert low < 0.5 < high and rows["bicubic"]["fool_rate"]["mean"] < 0.2
+
+    text = (output / "results.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[:6]]
+    assert lines[0] == [
+        "method", "steps", "PSNR ↑", "SSIM ↑", "consistency ↓", "digit accuracy ↑", "fool rate → 50 %"
+    ]  # fmt: skip
+    assert lines[3][:3] == ["bicubic", "–", f"{psnr.mean():.2f} ± {psnr.std() / 60**0.5:.2f}"]
+    assert lines[2][2] == "∞" and lines[5][:2] == ["SR3", "20"]
+
+
+def test_the_diversity_grid_shows_x_eight_samples_their_deviation_the_regression_and_the_reference(judged):
+    _, (regression, output) = judged
+    rows = cells(output / "diversity.png", columns=12).view(8, 12, 16, 16, 3).double() / 255
+    grids = {name: cells(output / f"{name}-000020.png")[:8] / 255 for name in ("lr", "hr")}
+    torch.testing.assert_close(rows[:, 0], grids["lr"].double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rows[:, 11], grids["hr"].double(), atol=1e-6, rtol=0)
+    expected = cells(regression / "sr-000020.png")[:8] / 255
+    torch.testing.assert_close(rows[:, 10], expected.double(), atol=1.1 / 255, rtol=0)
+    samples = rows[:, 1:9]
+    deviation = (samples - samples.mean(1, keepdim=True)).square().sum(1).div(7).sqrt()
+    torch.testing.assert_close(rows[:, 9], (2 * deviation).clamp(max=1), atol=2.5 / 255, rtol=0)
+    assert results_of(output)["diversity"] == pytest.approx(deviation.mean().item(), abs=0.002)
+    assert not (regression / "diversity.png").exists()
+
+
+def test_resuming_a_finished_run_only_judges_it(judged, tmp_path, monkeypatch, capsys):
+    (_, config), (regression, output) = judged
+    output = Path(shutil.copytree(output, tmp_path / "output"))
+    before = snapshot(output)
+    for name in ("results.json", "results.md", "diversity.png"):
+        (output / name).unlink()
+    monkeypatch.setattr(utils, "drawn_digits", FEW_DIGITS)
+    monkeypatch.setattr(sr3.SR3, "loss", None)  # no step is taken
+    run(config, output, "--resume", "--regression_checkpoint", regression / "checkpoint.pt")
+    assert snapshot(output) == before
+    assert capsys.readouterr().out.endswith((output / "results.md").read_text())
+
+
+def test_images_without_labels_have_a_dash_for_accuracy(tiny_config, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(22):  # two of them for testing
+        Image.new("RGB", (20, 18), (10 * i, 100, 200)).save(tmp_path / f"pictures/{i:02}.png")
+    config = tiny_config(dataset="folder", channels=3, num_images=2000)
+    output = run(config, tmp_path / "output", "--data_dir", tmp_path / "pictures", "--num_training_steps", 1)
+    results = results_of(output)
+    assert results["num_images"] == 3
+    assert all(row["accuracy"] is None and row["fool_rate"] is not None for row in results["methods"].values())
+    rows = (output / "results.md").read_text().splitlines()[2:5]
+    assert [row.split("|")[6].strip() for row in rows] == ["–"] * 3
+    assert (output / "diversity.png").exists()
+
+
+def test_ctrl_c_while_judging_leaves_a_finished_run_to_be_judged_later(copy_of_finished, monkeypatch, capsys):
+    config, output = copy_of_finished
+    write_tiny_config(config.parent / "judged.toml", num_images=10)
+    monkeypatch.setattr(metrics, "train_classifier", lambda *_: signal.raise_signal(signal.SIGINT))
+    before = snapshot(output)
+    with pytest.raises(SystemExit) as exit:
+        run(config.parent / "judged.toml", output, "--resume")
+    assert exit.value.code == 130 and snapshot(output) == before
+    lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "train_mnist.py: " in line]
+    assert len(lines) == 1 and "--resume" in lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, status 2, and nothing is overwritten
 
 
 @pytest.fixture
 def refused(finished, tmp_path, capsys, monkeypatch):
     """Runs into an output folder with an earlier run; asserts the refusal, and returns its line."""
-    few = functools.partial(DRAW_DIGITS, 70)  # it never comes to training
-    monkeypatch.setattr(utils, "draw_digits", lambda number, *arguments, **options: few(*arguments, **options))
+    monkeypatch.setattr(utils, "drawn_digits", FEW_DIGITS)  # it never comes to training
 
     def refuse(config, *flags, output=None):
         if output is None:
@@ -612,6 +729,7 @@ def test_what_is_no_checkpoint_cannot_be_resumed_or_loaded(refused, finished, co
         ({"low_res_size": 8}, ["data.low_res_size", "8", "4"]),
         ({"num_timesteps": 1000}, ["diffusion.num_timesteps", "1000", "2000"]),
         ({"dataset": "mnist"}, ["mnist", "digits"]),
+        ({"method": "regression"}, ["method", "regression", "sr3"]),
     ],
     ids=str,
 )
@@ -633,11 +751,6 @@ def test_a_checkpoint_of_another_version_is_refused(refused, copy_of_finished, f
     assert "another version" in refused(config, "--resume", "--num_training_steps", "40", output=output)
 
 
-def test_a_run_that_is_done_is_not_resumed(refused, tiny_config):
-    line = refused(tiny_config(), "--resume")
-    assert "20 steps" in line and "--num_training_steps" in line
-
-
 def test_a_full_disk_at_the_start_is_refused_before_anything_is_moved(refused, tiny_config, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
@@ -652,3 +765,14 @@ def test_the_command_itself_refuses_in_one_line_with_status_2(tiny_config, tmp_p
     out, error = process.communicate(timeout=120)
     assert process.returncode == 2 and out == "" and not list(tmp_path.iterdir())
     assert error.startswith("train_mnist.py: ") and error.count("\n") == 1 and "batch_size is 0" in error
+
+
+def test_a_baseline_that_cannot_be_compared_is_refused(refused, judged, finished, tiny_config):
+    (regression_config, _), (regression, output) = judged
+    checkpoint = regression / "checkpoint.pt"
+    line = refused(tiny_config(), "--regression_checkpoint", checkpoint)
+    assert str(checkpoint) in line and "channels 3" in line and "channels 1" in line
+    line = refused(tiny_config(channels=3), "--regression_checkpoint", output / "checkpoint.pt")
+    assert "sr3 on digits" in line and "regression on digits" in line
+    assert "leave it out" in refused(regression_config, "--regression_checkpoint", checkpoint)
+    assert "none.pt" in refused(tiny_config(regression_checkpoint="none.pt"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sr3 import SR3
+from sr3 import SR3, Regression
 
 T = 2000
 
@@ -173,3 +173,30 @@ def test_a_schedule_that_leaves_nothing_to_divide_by_is_refused(schedule):
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match="0|2001|fixed"):
         SR3(Recorder()).sample(torch.zeros(1, 1, 4, 4), **arguments)
+
+
+class Enlarge(nn.Module):
+    """An f_θ that answers 1.5 x and remembers what it was given."""
+
+    def forward(self, x, y_t, gamma):
+        self.given = y_t, gamma, self.training
+        return 1.5 * x
+
+
+def test_regression_maps_x_to_y_0_by_the_mean_squared_error():
+    torch.manual_seed(0)
+    model, x, y_0 = Regression(Enlarge()), torch.rand(4, 3, 8, 8) * 2 - 1, torch.rand(4, 3, 8, 8) * 2 - 1
+    expected = (1.5 * x.double() - y_0.double()).square().mean().item()
+    assert model.loss(y_0, x).item() == pytest.approx(expected, rel=1e-5)
+    assert model(y_0, x).item() == model.loss(y_0, x).item()
+    y_t, gamma, training = model.unet.given
+    assert training and (y_t == 0).all() and y_t.shape == x.shape and torch.equal(gamma, torch.ones(4))
+
+
+def test_regression_samples_its_one_answer_whatever_is_asked_for():
+    model, x = Regression(Enlarge()), torch.rand(4, 1, 8, 8) * 2 - 1
+    result = model.sample(x, 25, variance="forward", generator=torch.Generator())
+    assert torch.equal(result, (1.5 * x).clamp(-1, 1)) and torch.equal(result, model.sample(x))
+    assert not model.unet.given[2] and model.unet.training
+    [(gamma, y_t, y_0)] = model.refine(x, 7)
+    assert gamma == 1 and torch.equal(y_t, result) and torch.equal(y_0, result)

@@ -20,7 +20,13 @@ import utils
 from utils import InputError, downsample, draw_digits, load_config, load_images, upsample
 
 CONFIGS = sorted((Path(utils.__file__).parent / "configs").glob("*.toml"))
-MILLIONS = {"mnist": (3, 5), "mnist_regression": (3, 5), "color_digits": (3, 5), "cifar10": (3, 5), "mnist_large": (30, 50)}
+MILLIONS = {
+    "mnist": (3, 5),
+    "mnist_regression": (3, 5),
+    "color_digits": (3, 5),
+    "cifar10": (3, 5),
+    "mnist_large": (30, 50),
+}
 
 
 def random_images(*shape, seed=0):
@@ -352,6 +358,7 @@ def test_a_colour_digit_has_the_shape_of_its_grey_one():
 
 def test_drawn_training_and_test_images_are_60000_and_10000_different_ones(monkeypatch):
     asked = []
+    monkeypatch.setattr(utils, "drawn_digits", utils.drawn_digits.__wrapped__)  # without its memory
     monkeypatch.setattr(utils, "draw_digits", lambda number, *a, **k: asked.append(number) or draw_digits(50, *a, **k))
     train, test = (load_images("digits", "nowhere", train, 16, 1) for train in (True, False))
     assert asked == [60_000, 10_000]
