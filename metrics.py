@@ -1,7 +1,7 @@
 """How images are judged (the paper's section 4): each metric takes images in [0, 1] and returns one value per image.
 
 The first three compare pixels. The others ask what an image is worth to someone who looks at it, which the paper had
-people answer, and a classifier; here two small networks do, that this module trains in less than a minute each.
+people answer, and a classifier; here two small networks do. At 32×32 either learns it in less than a minute on a CPU.
 """
 
 import math
@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+
+GRAIN = 0.1  # standard deviation of the noise in the eyes of the fool rate's judge; images are in [0, 1]
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
@@ -80,34 +81,33 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0) -> nn.Module
     return train_network(images.shape[1], classes, loss, len(images), passes=1, seed=seed, device=images.device)
 
 
-def fool_rate(images: Tensor, reference: Tensor, context: Tensor, seed: int = 0) -> Tensor:
+def fool_rate(images: Tensor, reference: Tensor, context: Tensor, grain: float = GRAIN, seed: int = 0) -> Tensor:
     """The paper's human test, done by a network: 1.0 where it takes an output for real, else 0.0; [B - B // 2].
 
-    The judge sees x and two candidates, the output and the real image, in random order, and says which is the real one.
-    It learns from the first half of the images and is asked about the second. A mean of 0.5 says that it can't tell.
-    All three are [B, C, H, W] in [0, 1], B at least 2.
+    The judge sees x and two candidates, the output and the real image, and says which one is real. It learns from the
+    first half of the images and is asked about the second. A mean of 0.5 says that it can't tell. It rates each
+    candidate by itself, so their order, random in the paper's test, can't matter. `grain` is the standard deviation of
+    noise in its eyes, new at each look: with 0 it sees what no person sees, such as whether black is 0 or 1 of 255, and
+    is never fooled. All three images are [B, C, H, W] in [0, 1], B at least 2.
     """
     half, device = len(images) // 2, images.device
-    order = torch.rand(len(images), generator=torch.Generator().manual_seed(seed))
-    real_is_second = order.to(device) < 0.5  # [B]
-    swap = rearrange(real_is_second, "b -> b 1 1 1")
-    candidates = torch.cat([images.where(swap, reference), reference.where(swap, images)], dim=1)  # [B, 2C, H, W]
+    generator = torch.Generator().manual_seed(seed)
 
-    def prefers_second(judge: nn.Module, indices: Tensor) -> Tensor:
-        """The log odds that the second candidate is the real one; [B]. The judge scores one after the other."""
-        pairs = rearrange(candidates[indices], "b (two c) h w -> (two b) c h w", two=2)
-        scores = judge(torch.cat([context[indices].repeat(2, 1, 1, 1), pairs], dim=1))  # [2B, 1]
-        first, second = scores.flatten().chunk(2)
-        return second - first
+    def realness(judge: nn.Module, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """How real the outputs and the real images look to the judge; [B] each."""
+        candidates = torch.cat([images[indices], reference[indices]])  # [2B, C, H, W]
+        candidates = candidates + grain * torch.randn(candidates.shape, generator=generator).to(device)
+        return judge(torch.cat([context[indices].repeat(2, 1, 1, 1), candidates], dim=1)).flatten().chunk(2)
 
     def loss(judge: nn.Module, indices: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(prefers_second(judge, indices), real_is_second[indices].float())
+        output, real = realness(judge, indices)
+        return F.softplus(output - real).mean()  # -log of the probability that it says right
 
     judge = train_network(2 * images.shape[1], 1, loss, half, passes=20, seed=seed, device=device)
-    asked = torch.arange(half, len(images), device=device)
     with torch.no_grad():
-        says_second = torch.cat([prefers_second(judge, indices) for indices in asked.split(250)]) > 0
-    return (says_second != real_is_second[half:]).float()
+        asked = torch.arange(half, len(images), device=device).split(250)
+        output, real = map(torch.cat, zip(*(realness(judge, indices) for indices in asked)))
+    return (output > real).float()
 
 
 def diversity(samples: Tensor) -> Tensor:
@@ -129,11 +129,11 @@ def train_network(
 ) -> nn.Module:
     """A small network from [B, channels, H, W] to [B, outputs], trained on loss(network, indices of examples).
 
-    The examples come in random order, all of them in each pass. The seed decides everything, and what torch draws
-    elsewhere stays as it was.
+    The examples come in random order, all of them in each pass. The seed decides weights and order, and what torch
+    draws elsewhere stays as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         layers = []
         for width_in, width, end in (
             (channels, 16, nn.MaxPool2d(2)),
@@ -166,7 +166,7 @@ COLUMNS = {  # heading, factor, digits
 }
 
 
-def judge(
+def score(
     images: Tensor,
     reference: Tensor,
     low_res: Tensor,
@@ -174,51 +174,60 @@ def judge(
     labels: Tensor | None = None,
     classifier: nn.Module | None = None,
 ) -> dict[str, dict | None]:
-    """All metrics of images [B, C, H, W] in [0, 1], each as `summarize` gives it; None where it can't be had.
+    """All metrics of images [B, C, H, W] in [0, 1], each as `summarize` gives it, or None where it can't be had.
 
-    The other images are as for the single metrics; without classifier and labels there is no accuracy, and without
-    two images, one for the judge to learn from and one to be asked about, no fool rate.
+    That is accuracy without labels and classifier, and the fool rate of fewer than 50 images, which teach a judge
+    nothing. The other images are those of the single metrics.
     """
+
+    def mean_of(metric: Callable[[Tensor, Tensor], Tensor], other: Tensor) -> dict:
+        parts = zip(images.split(100), other.split(100))  # large images are many bytes
+        return summarize(torch.cat([metric(*part) for part in parts]))
+
     return {
-        "psnr": summarize(psnr(images, reference)),
-        "ssim": summarize(ssim(images, reference)),
-        "consistency": summarize(consistency(images, low_res)),
+        "psnr": mean_of(psnr, reference),
+        "ssim": mean_of(ssim, reference),
+        "consistency": mean_of(consistency, low_res),
         "accuracy": summarize(accuracy(images, labels, classifier)) if classifier else None,
-        "fool_rate": summarize(fool_rate(images, reference, context), rate=True) if len(images) > 1 else None,
+        "fool_rate": summarize(fool_rate(images, reference, context), rate=True) if len(images) >= 50 else None,
     }
 
 
 def summarize(values: Tensor, rate: bool = False) -> dict:
     """The mean of values [N], one per image, and its standard error; of a rate also the 95 % interval (Wilson's).
 
-    None in place of a number that isn't finite, as JSON has none: the PSNR of equal images, the error of one value.
+    What isn't finite, such as the PSNR of equal images, becomes a string, "inf" or "nan", as JSON has no such numbers.
     """
-    n, values = len(values), values.double()
+    n, values = len(values), values.cpu().double()
     mean, deviation = values.mean().item(), values.std().item() if n > 1 else math.nan
     summary = {"mean": mean, "standard_error": deviation / math.sqrt(n)}
-    summary = {key: number if math.isfinite(number) else None for key, number in summary.items()}
     if rate:
         z = 1.96
         middle, width = mean + z**2 / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
-        summary["interval_95"] = [(middle - width) / (1 + z**2 / n), (middle + width) / (1 + z**2 / n)]
-    return summary
+        low, high = (middle - width) / (1 + z**2 / n), (middle + width) / (1 + z**2 / n)
+        summary |= {"low": max(0.0, low), "high": min(1.0, high)}
+    return {key: number if math.isfinite(number) else str(number) for key, number in summary.items()}
 
 
 def format_table(rows: dict[str, dict]) -> str:
-    """The final table in Markdown: of each method its "training_steps" and what `judge` says."""
+    """The final table in Markdown: of each method its "training_steps" and what `score` says."""
     lines = [["method", "steps", *(heading for heading, _, _ in COLUMNS.values())], ["---"] * (2 + len(COLUMNS))]
     for method, row in rows.items():
-        cells = [method, f"{row['training_steps']:,}" if row["training_steps"] else "–"]
-        for key, (_, factor, digits) in COLUMNS.items():
-            if row[key] is None:
-                cells.append("–")
-                continue
-            mean, error, *interval = row[key].values()
-            cell = "∞" if mean is None else f"{factor * mean:.{digits}f}"
-            cell += "" if error is None else f" ± {factor * error:.{digits}f}"
-            cell += " %" if factor == 100 else ""
-            for low, high in interval:
-                cell += f" ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
-            cells.append(cell)
-        lines.append(cells)
+        cells = [format_cell(row[key], factor, digits) for key, (_, factor, digits) in COLUMNS.items()]
+        lines.append([method, f"{row['training_steps']:,}" if row["training_steps"] else "–", *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def format_cell(summary: dict | None, factor: int = 1, digits: int = 1) -> str:
+    """What `summarize` gives, as text: the mean ± its standard error, in per cent with factor 100; "–" for None."""
+    if summary is None:
+        return "–"
+    numbers = {key: f"{factor * float(number):.{digits}f}".replace("inf", "∞") for key, number in summary.items()}
+    text = numbers["mean"]
+    if numbers["standard_error"] != "nan":
+        text += f" ± {numbers['standard_error']}"
+    if factor == 100:
+        text += " %"
+    if "low" in numbers:
+        text += f" ({numbers['low']} to {numbers['high']})"
+    return text

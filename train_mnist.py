@@ -4,6 +4,8 @@
     python train_mnist.py --num_training_steps 1000 --batch_size 64
     python train_mnist.py --config_path configs/color_digits.toml --output_dir output/color
     python train_mnist.py --resume
+    python train_mnist.py --config_path configs/mnist_regression.toml --output_dir output/regression
+    python train_mnist.py --regression_checkpoint output/regression/checkpoint.pt
     torchrun --standalone --nproc_per_node=8 train_mnist.py
 
 Read it from top to bottom, beside the paper (arXiv 2104.07636): the method is sr3.py, the network unet.py.
@@ -55,7 +57,7 @@ LOG_COLUMNS = (
     "dataset,step,loss,learning_rate,images_per_second,"
     "psnr,ssim,consistency,bicubic_psnr,bicubic_ssim,bicubic_consistency"
 )
-GRID = 64  # test images in a grid; whatever is drawn is drawn in batches of so many, which is what gets compiled
+GRID = 64  # test images in a grid, and in a batch when many are drawn
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,19 +172,22 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 # The data
 
 
-def load_data(config: Config, data_dir: Path) -> tuple[str, Tensor, Tensor]:
-    """The name of the data set, its training and its test images; the config's fallback where it can't be had."""
+def load_data(config: Config, data_dir: Path) -> tuple[str, tuple, tuple]:
+    """The name of the data set, its training and its test set; the config's fallback where it can't be had.
+
+    A set is uint8 images [N, C, H, W] and int64 labels [N], or None in place of these.
+    """
     size, channels = config.data.image_size, config.data.channels
     name = config.data.dataset
     try:
-        return name, *(utils.load_images(name, data_dir, train, size, channels) for train in (True, False))
+        return name, *(utils.load_data_set(name, data_dir, train, size, channels) for train in (True, False))
     except utils.DatasetUnavailable as error:
         name = config.data.fallback
         if not name:
             raise
         line = "!" * 100
         print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN {name.upper()} INSTEAD.\n{line}", file=sys.stderr)
-    return name, *(utils.load_images(name, data_dir, train, size, channels) for train in (True, False))
+    return name, *(utils.load_data_set(name, data_dir, train, size, channels) for train in (True, False))
 
 
 def make_pair(images: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,20 +289,20 @@ def load_baseline(checkpoint_path: str, config: Config, dataset: str, device: to
         return f"{method} on {dataset}, " + "{low_res_size} -> {image_size}, channels {channels}".format_map(data)
 
     needed = describe("regression", dataset, asdict(config.data))
-    given = checkpoint["config"]
-    given = describe(given.get("method"), checkpoint["dataset"], given["data"])
-    if given != needed:
-        raise InputError(f"regression_checkpoint {checkpoint_path} is of {given}; this run needs one of {needed}")
+    found = describe(checkpoint["config"].get("method"), checkpoint["dataset"], checkpoint["config"]["data"])
+    if found != needed:
+        raise InputError(f"regression_checkpoint {checkpoint_path} is of {found}; this run needs one of {needed}")
     return load_model(checkpoint_path, device), checkpoint["step"]
 
 
 def draw_all(model: SR3 | Regression, context: Tensor, config: Config, autocast: Callable, name: str) -> Tensor:
-    """Super-resolve x for any number of images, GRID at a time: [N, C, H, W] in [-1, 1] -> the same in [0, 1]."""
+    """Super-resolve x of any number of images in batches: [N, C, H, W] in [-1, 1] -> the same in [0, 1]."""
     generator = torch.Generator(context.device).manual_seed(config.training.seed)
     options = {"variance": config.sampling.variance, "generator": generator}
+    size = min(GRID, len(context))  # of all batches, the last one too: a compiled network is compiled for one size
     images = []
-    for part in tqdm(context.split(GRID), desc=name, unit="batch", dynamic_ncols=True, leave=False):
-        full = torch.cat([part, part[:1].expand(GRID - len(part), -1, -1, -1)])  # a network compiled for GRID images
+    for part in tqdm(context.split(size), desc=name, unit="batch", dynamic_ncols=True, leave=False):
+        full = torch.cat([part, part[:1].expand(size - len(part), -1, -1, -1)])
         with autocast():
             images.append(model.sample(full, config.sampling.steps, **options)[: len(part)])
     return utils.to_unit(torch.cat(images))
@@ -314,63 +319,56 @@ def evaluate(
 ) -> None:
     """Judge each method's model, trained for so many steps: prints a table, writes results.md, .json and diversity.png.
 
-    A set is uint8 images [N, C, H, W] and int64 labels [N], or None where it has none.
+    The sets are as `load_data` gives them, the training images on the device.
     """
     (train_images, train_labels), (test_images, test_labels) = train_set, test_set
-    device = train_images.device
+    device, sizes = train_images.device, "{low_res_size}×{low_res_size} -> {image_size}×{image_size}"
     order = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(0))
     chosen = order[: config.evaluation.num_images]  # the same in every run
+    print(f"judging the methods by {len(chosen):,} test images", flush=True)
+
     images, low_res, context = make_pair(test_images[chosen].to(device), config)  # [N, C, H or h, W or w]
     outputs = {"reference": utils.to_unit(images), "bicubic": utils.to_unit(context)}
     outputs |= {name: draw_all(model, context, config, autocast, name) for name, (model, _) in models.items()}
     outputs = {name: (255 * images).round() / 255 for name, images in outputs.items()}  # as a picture file has them
-    low_res, context = utils.to_unit(low_res), utils.to_unit(context)
-
-    print(f"judging {len(chosen):,} test images", flush=True)
-    classifier = labels = None
+    given = [outputs["reference"], utils.to_unit(low_res), utils.to_unit(context)]
     if train_labels is not None:
         classifier = metrics.train_classifier(train_images, train_labels.to(device))
-        labels = test_labels[chosen].to(device)
-    rows = {}
-    for name, images in outputs.items():
-        scores = metrics.judge(images, outputs["reference"], low_res, context, labels, classifier)
-        rows[name] = {"training_steps": models[name][1] if name in models else None} | scores
-
-    results = {"dataset": dataset, "num_images": len(chosen), "sampling": asdict(config.sampling), "methods": rows}
-    caption = (
-        f"{len(chosen):,} test images of {dataset}, {config.data.low_res_size}×{config.data.low_res_size} -> "
-        f"{config.data.image_size}×{config.data.image_size}; SR3 draws in {config.sampling.steps} refinement steps. "
-        f"Mean ± standard error, of the fool rate also the 95 % interval."
+        given += [test_labels[chosen].to(device), classifier]
+    rows = {
+        name: {"training_steps": models[name][1] if name in models else None} | metrics.score(images, *given)
+        for name, images in outputs.items()
+    }
+    table = metrics.format_table(rows)
+    if dataset not in ("mnist", "digits"):
+        table = table.replace("digit accuracy", "accuracy")
+    table += (
+        f"\n{len(chosen):,} test images of {dataset}, {sizes.format_map(asdict(config.data))}; mean ± standard error, "
+        f"of the fool rate also the 95 % interval; its judges learned from {len(chosen) // 2:,} pairs.\n"
     )
-    if "SR3" in models:
-        results["diversity"] = draw_diversity(models, test_images[:8].to(device), config, autocast, output_dir, dataset)
-        caption += f" Mean standard deviation of SR3's samples for the same input: {results['diversity']:.3f}."
-    table = f"{metrics.format_table(rows)}\n{caption}\n"
-    utils.write_atomically(output_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    results = {"dataset": dataset, "num_images": len(chosen), "config": asdict(config), "methods": rows}
+
+    if "SR3" in models:  # its samples for the same x, and what the others make of that
+        eight, low_res, context = make_pair(test_images[:8].to(device), config)
+        samples = draw_all(models["SR3"][0], context.repeat_interleave(8, dim=0), config, autocast, "diversity")
+        samples = rearrange(samples, "(b k) c h w -> b k c h w", k=8)
+        results["diversity"] = metrics.diversity(samples).mean().item()
+        table += (
+            f"SR3 drew in {config.sampling.steps} refinement steps; the standard deviation of its samples for the same "
+            f"input is {results['diversity']:.3f} on average.\n"
+        )
+        pixels = F.interpolate(low_res, eight.shape[2:], mode="nearest-exact")
+        columns = [utils.to_unit(pixels), *samples.unbind(1), 2 * samples.std(dim=1)]  # twice, to be seen
+        if "regression" in models:
+            columns.append(draw_all(models["regression"][0], context, config, autocast, "regression"))
+        columns.append(utils.to_unit(eight))
+        grid = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)
+    print(table, end="", flush=True)
     utils.write_atomically(output_dir / "results.md", table.encode())
-    print(table, end="")
-
-
-def draw_diversity(
-    models: dict, test_images: Tensor, config: Config, autocast: Callable, output_dir: Path, dataset: str
-) -> float:
-    """Draw what SR3 makes of uint8 images [8, C, H, W], eight times each; returns the mean standard deviation.
-
-    One row for each: x, its samples, their standard deviation (white is 0.5, the largest there can be), the regression
-    where there is one, and the reference.
-    """
-    high_res, low_res, context = make_pair(test_images, config)
-    model, step = models["SR3"]
-    samples = draw_all(model, context.repeat_interleave(8, dim=0), config, autocast, "diversity")
-    samples = rearrange(samples, "(b k) c h w -> b k c h w", k=8)
-    pixels = F.interpolate(low_res, high_res.shape[2:], mode="nearest-exact")
-    columns = [utils.to_unit(pixels), *samples.unbind(1), 2 * samples.std(dim=1)]
-    if "regression" in models:
-        columns.append(draw_all(models["regression"][0], context, config, autocast, "regression"))
-    columns.append(utils.to_unit(high_res))
-    grid = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)
-    utils.save_grid(output_dir / "diversity.png", grid, len(columns), f"{dataset}, step {step}")
-    return metrics.diversity(samples).mean().item()
+    utils.write_atomically(output_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    if "SR3" in models:
+        description = f"{dataset}, step {models['SR3'][1]}"
+        utils.save_grid(output_dir / "diversity.png", grid, len(columns), description)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,8 +394,8 @@ def train(flags: argparse.Namespace) -> None:
     checkpoint = utils.load_checkpoint(checkpoint_path) if flags.resume else None
 
     # The data: 60,000 digits are 61 MB, so they lie on the device and batches are indexed from them.
-    dataset, train_images, test_images = load_data(config, Path(flags.data_dir))
-    train_images, grid_images = train_images.to(device), test_images[:GRID].to(device)  # uint8 [N, C, H, W]
+    dataset, (train_images, train_labels), test_set = load_data(config, Path(flags.data_dir))
+    train_images, grid_images = train_images.to(device), test_set[0][:GRID].to(device)  # uint8 [N, C, H, W]
 
     # The model, the average of its weights, which is what draws, and the optimizer.
     torch.manual_seed(settings.seed)
@@ -414,6 +412,8 @@ def train(flags: argparse.Namespace) -> None:
         for name, part in parts.items():
             if checkpoint[name]:  # a scaler that was not in use has no state
                 load_state(part, checkpoint[name], checkpoint_path)
+        if step >= settings.num_training_steps and RANK == 0:
+            print(f"all {step} steps are done; to train on, give a larger --num_training_steps")
     if RANK == 0:
         models = {}  # what the final table compares: by method, the model and its training steps
         baseline_path = flags.regression_checkpoint or config.evaluation.regression_checkpoint
@@ -513,21 +513,18 @@ def train(flags: argparse.Namespace) -> None:
             log_steps, log_start = 0, time.perf_counter()
     if RANKS > 1:
         dist.destroy_process_group()
+    stopping = stopping or bool(stop_signals)
     if stopping and (step < settings.num_training_steps or config.evaluation.num_images):
         if RANK == 0:
             print(f"stopped after step {step}; the same command with --resume goes on from there")
         sys.exit(128 + (stop_signals or [signal.SIGINT])[0])
 
     # The final table; all is saved by now, so Ctrl-C may end the script at once.
-    if RANK == 0 and config.evaluation.num_images and not stop_signals:
+    if RANK == 0 and config.evaluation.num_images:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         models["SR3" if config.method == "sr3" else "regression"] = ema.module, step
-        sets = [
-            (images, utils.load_labels(dataset, flags.data_dir, train, images.shape[-1], images.shape[1]))
-            for images, train in ((train_images, True), (test_images, False))
-        ]
-        evaluate(models, config, dataset, *sets, autocast, output_dir)
+        evaluate(models, config, dataset, (train_images, train_labels), test_set, autocast, output_dir)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -190,33 +190,33 @@ def parse_section(section: type, values: dict, where: str):
 
 
 def load_images(dataset: str, data_dir: str | Path, train: bool, image_size: int, channels: int) -> Tensor:
-    """The training or test images of a data set: uint8 [N, channels, image_size, image_size] in 0…255.
+    """The images of `load_data_set`, without labels."""
+    return load_data_set(dataset, data_dir, train, image_size, channels)[0]
+
+
+def load_data_set(
+    dataset: str, data_dir: str | Path, train: bool, image_size: int, channels: int
+) -> tuple[Tensor, Tensor | None]:
+    """A data set's training or test images, uint8 [N, channels, image_size, image_size] in 0…255, and their labels.
 
     "mnist", "fashion_mnist" and "cifar10" are read from `data_dir`, downloaded into it first where they are missing;
     "folder" is all images below `data_dir`, every tenth of them for testing; "digits" is drawn. Resizing is bilinear
-    and antialiased. Raises DatasetUnavailable without files and network, InputError for files that are damaged.
+    and antialiased. Labels are int64 [N] from 0; a folder has None. Raises DatasetUnavailable without files and
+    network, InputError for files that are damaged.
     """
+    labels = None
     if dataset == "digits":
-        return drawn_digits(train, image_size, channels)[0]
+        return draw_digits(60_000 if train else 10_000, image_size, channels, seed=0 if train else 1)
     if dataset == "folder":
         images = load_folder(Path(data_dir), image_size)
         is_test = torch.arange(len(images)) % 10 == 0
         images = images[is_test != train] if len(images) > 1 else images
     else:
-        images = load_torchvision(dataset, Path(data_dir), train)[0]
+        images, labels = load_torchvision(dataset, Path(data_dir), train)
         images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
     if channels == 1 and images.shape[1] == 3:
-        return torch.cat([TF.rgb_to_grayscale(part.float()).round().byte() for part in images.split(1000)])
-    return images.expand(-1, channels, -1, -1).contiguous()
-
-
-def load_labels(dataset: str, data_dir: str | Path, train: bool, image_size: int, channels: int) -> Tensor | None:
-    """The classes of `load_images`' images, whose arguments it takes: int64 [N] from 0; None for a folder's."""
-    if dataset == "folder":
-        return None
-    if dataset == "digits":
-        return drawn_digits(train, image_size, channels)[1]
-    return load_torchvision(dataset, Path(data_dir), train)[1]
+        images = torch.cat([TF.rgb_to_grayscale(part.float()).round().byte() for part in images.split(1000)])
+    return images.expand(-1, channels, -1, -1).contiguous(), labels
 
 
 def load_torchvision(dataset: str, data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -372,12 +372,6 @@ def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: 
     return torch.cat(images), torch.cat(labels)
 
 
-@functools.cache
-def drawn_digits(train: bool, image_size: int, channels: int) -> tuple[Tensor, Tensor]:
-    """The data set "digits": as many as MNIST has, drawn once."""
-    return draw_digits(60_000 if train else 10_000, image_size, channels, seed=0 if train else 1)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Bicubic resampling: how the low-resolution image is made, and how the context x is made from it (section 2.4)
 
@@ -481,7 +475,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """The dictionary that `save_checkpoint` wrote, on the CPU. Raises InputError where it is missing or damaged."""
     if not Path(path).is_file():
-        raise InputError(f"there is no checkpoint {path}; to resume one, name its --output_dir")
+        raise InputError(f"there is no checkpoint {path}; give the path of one, or to resume, its --output_dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "dataset", "step", "log", "model", "ema", "optimizer", "scaler"} - set(checkpoint)

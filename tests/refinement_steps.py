@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_mnist
 import utils
-from metrics import consistency, fool_rate, psnr, ssim, summarize
+from metrics import consistency, fool_rate, format_cell, psnr, ssim, summarize
 from sr3 import SR3
 
 STEPS = (1, 2, 5, 10, 25, 50, 100, 250, 1000)
@@ -68,8 +68,7 @@ def main() -> None:
         if flags.fool_rate:
             pictures = (255 * torch.stack([drawn, reference])).round() / 255
             fooled = summarize(fool_rate(*pictures, x), rate=True)
-            low, high = fooled["interval_95"]
-            cells.append(f"{100 * fooled['mean']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+            cells.append(format_cell(fooled, 100))
         else:
             cells.append(metrics_of(draw(model, steps, "forward")))
             squares = spaced(model, steps, 2)  # the more levels, the less their spacing matters

@@ -95,8 +95,7 @@ def test_the_classifier_learns_digits_and_sees_them_less_well_in_bicubic_images(
 @pytest.mark.skipif("SR3_DATA_DIR" not in os.environ, reason="SR3_DATA_DIR names no folder with MNIST")
 def test_the_classifier_knows_the_real_mnist():
     (images, labels), (test_images, test_labels) = (
-        [load("mnist", os.environ["SR3_DATA_DIR"], train, 32, 1) for load in (utils.load_images, utils.load_labels)]
-        for train in (True, False)
+        utils.load_data_set("mnist", os.environ["SR3_DATA_DIR"], train, 32, 1) for train in (True, False)
     )
     assert labels.shape == (60_000,) and test_labels.bincount().tolist()[:2] == [980, 1135]
     classifier = metrics.train_classifier(images, labels)
@@ -108,14 +107,22 @@ def test_the_judge_cannot_tell_the_reference_from_itself(channels):
     images, context, _ = digits(400, channels)
     fooled = fool_rate(images, images, context)
     assert fooled.shape == (200,)
-    low, high = summarize(fooled, rate=True)["interval_95"]
-    assert low < 0.5 < high
+    summary = summarize(fooled, rate=True)
+    assert summary["low"] < 0.5 < summary["high"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_judge_is_not_fooled_by_bicubic_images(channels):
     images, context, _ = digits(400, channels)
     assert fool_rate(context, images, context).mean() < 0.02
+
+
+def test_sharp_eyes_see_what_grain_hides():
+    """One level of 255 on the ground: seen by every pixel of it without grain, by hardly any with."""
+    images, context, _ = digits(600)
+    outputs = images.clamp(min=1 / 255)
+    assert fool_rate(outputs, images, context, grain=0).mean() < 0.02
+    assert fool_rate(outputs, images, context).mean() > 0.2
 
 
 def test_the_judge_is_fooled_by_half_of_what_it_cannot_tell():
@@ -154,7 +161,17 @@ def test_summaries_are_the_mean_its_standard_error_and_wilsons_interval():
     expected = {"mean": 4.0, "standard_error": math.sqrt(variance / 4)}
     assert summarize(values) == pytest.approx(expected)
     for wins, low, high in ((0, 0.0, 0.27753), (5, 0.23659, 0.76341), (10, 0.72247, 1.0)):  # of ten
-        interval = summarize(torch.tensor([1.0] * wins + [0.0] * (10 - wins)), rate=True)["interval_95"]
-        assert interval == pytest.approx([low, high], abs=1e-4)
-    assert summarize(torch.tensor([math.inf, math.inf])) == {"mean": None, "standard_error": None}
-    assert summarize(torch.tensor([0.5])) == {"mean": 0.5, "standard_error": None}
+        summary = summarize(torch.tensor([1.0] * wins + [0.0] * (10 - wins)), rate=True)
+        assert (summary["low"], summary["high"]) == pytest.approx((low, high), abs=1e-4)
+        assert 0 <= summary["low"] and summary["high"] <= 1
+    assert summarize(torch.tensor([math.inf, math.inf])) == {"mean": "inf", "standard_error": "nan"}
+    assert summarize(torch.tensor([0.5])) == {"mean": 0.5, "standard_error": "nan"}
+
+
+def test_cells_of_the_table_show_what_there_is():
+    summary = {"mean": 0.1234, "standard_error": 0.0111}
+    assert metrics.format_cell(summary, 1, 3) == "0.123 ± 0.011"
+    assert metrics.format_cell(summary | {"low": 0.1, "high": 0.2}, 100, 1) == "12.3 ± 1.1 % (10.0 to 20.0)"
+    assert metrics.format_cell({"mean": "inf", "standard_error": "nan"}, 1, 2) == "∞"
+    assert metrics.format_cell({"mean": "nan", "standard_error": "nan"}, 1, 2) == "nan"
+    assert metrics.format_cell(None) == "–"

@@ -30,7 +30,18 @@ HEADER = (
     "dataset,step,loss,learning_rate,images_per_second,"
     "psnr,ssim,consistency,bicubic_psnr,bicubic_ssim,bicubic_consistency"
 )
-FEW_DIGITS = functools.cache(lambda train, size, channels: utils.draw_digits(70, size, channels, seed=int(train)))
+DRAW_DIGITS = functools.cache(utils.draw_digits)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def digits_drawn_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "draw_digits", DRAW_DIGITS)
+        yield
+
+
+def draw_few_digits(_, image_size, channels, seed):
+    return DRAW_DIGITS(70, image_size, channels, seed)
 
 
 def run(config, output, *flags):
@@ -457,17 +468,14 @@ def judged(tmp_path_factory):
         for method in ("regression", "sr3")
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "drawn_digits", FEW_DIGITS)
+        patch.setattr(utils, "draw_digits", draw_few_digits)
         run(configs[0], folder / "regression")
         run(configs[1], folder / "sr3", "--regression_checkpoint", folder / "regression/checkpoint.pt")
     return configs, [folder / "regression", folder / "sr3"]
 
 
 def results_of(output):
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-
-    return json.loads((output / "results.json").read_text(), parse_constant=refuse)
+    return json.loads((output / "results.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
 
 
 def test_a_regression_run_writes_the_same_grids_without_noise(judged):
@@ -493,16 +501,16 @@ def test_the_table_has_a_row_for_each_method_and_agrees_with_independent_arithme
     assert rows["regression"] == results_of(regression)["methods"]["regression"]
 
     order = torch.randperm(70, generator=torch.Generator().manual_seed(0))[:60]
-    images = FEW_DIGITS(False, 16, 3)[0][order].double()
+    images = draw_few_digits(70, 16, 3, seed=1)[0][order].double()
     context = utils.upsample(utils.downsample(images.float() / 127.5 - 1, 4), 16).clamp(-1, 1).double()
     error = (((context + 1) * 127.5).round() - images) / 255
     psnr = -10 * error.square().mean((1, 2, 3)).log10()
     assert rows["bicubic"]["psnr"]["mean"] == pytest.approx(psnr.mean().item(), abs=1e-3)
     assert rows["bicubic"]["psnr"]["standard_error"] == pytest.approx(psnr.std().item() / 60**0.5, rel=1e-3)
-    assert rows["reference"]["psnr"] == {"mean": None, "standard_error": None}
+    assert rows["reference"]["psnr"] == {"mean": "inf", "standard_error": "nan"}
     assert rows["reference"]["ssim"]["mean"] == pytest.approx(1) and rows["reference"]["consistency"]["mean"] < 1e-6
-    low, high = rows["reference"]["fool_rate"]["interval_95"]
-    assert low < 0.5 < high and rows["bicubic"]["fool_rate"]["mean"] < 0.2
+    fooled = rows["reference"]["fool_rate"]
+    assert fooled["low"] < 0.5 < fooled["high"] and rows["bicubic"]["fool_rate"]["mean"] < 0.2
 
     text = (output / "results.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[:6]]
@@ -534,7 +542,7 @@ def test_resuming_a_finished_run_only_judges_it(judged, tmp_path, monkeypatch, c
     before = snapshot(output)
     for name in ("results.json", "results.md", "diversity.png"):
         (output / name).unlink()
-    monkeypatch.setattr(utils, "drawn_digits", FEW_DIGITS)
+    monkeypatch.setattr(utils, "draw_digits", draw_few_digits)
     monkeypatch.setattr(sr3.SR3, "loss", None)  # no step is taken
     run(config, output, "--resume", "--regression_checkpoint", regression / "checkpoint.pt")
     assert snapshot(output) == before
@@ -543,25 +551,53 @@ def test_resuming_a_finished_run_only_judges_it(judged, tmp_path, monkeypatch, c
 
 def test_images_without_labels_have_a_dash_for_accuracy(tiny_config, tmp_path):
     (tmp_path / "pictures").mkdir()
-    for i in range(22):  # two of them for testing
+    for i in range(22):  # three of them for testing
         Image.new("RGB", (20, 18), (10 * i, 100, 200)).save(tmp_path / f"pictures/{i:02}.png")
     config = tiny_config(dataset="folder", channels=3, num_images=2000)
     output = run(config, tmp_path / "output", "--data_dir", tmp_path / "pictures", "--num_training_steps", 1)
     results = results_of(output)
     assert results["num_images"] == 3
-    assert all(row["accuracy"] is None and row["fool_rate"] is not None for row in results["methods"].values())
+    assert all(row["accuracy"] is None and row["fool_rate"] is None for row in results["methods"].values())
     rows = (output / "results.md").read_text().splitlines()[2:5]
-    assert [row.split("|")[6].strip() for row in rows] == ["–"] * 3
+    assert [[cell.strip() for cell in row.split("|")[6:8]] for row in rows] == [["–", "–"]] * 3  # too few for a judge
     assert (output / "diversity.png").exists()
 
 
-def test_ctrl_c_while_judging_leaves_a_finished_run_to_be_judged_later(copy_of_finished, monkeypatch, capsys):
-    config, output = copy_of_finished
-    write_tiny_config(config.parent / "judged.toml", num_images=10)
+def test_the_table_is_of_the_chosen_images_and_their_labels(tiny_config, tmp_path, monkeypatch):
+    given, original = [], metrics.score
+    monkeypatch.setattr(metrics, "score", lambda *images: given.append(images) or original(*images))
+    monkeypatch.setattr(utils, "draw_digits", draw_few_digits)
+    run(tiny_config(num_images=50, num_training_steps=1), tmp_path / "output")
+    images, labels = draw_few_digits(70, 16, 1, seed=1)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(0))[:50]
+    for outputs, reference, low_res, context, given_labels, _ in given:
+        assert len(outputs) == 50 and torch.equal(given_labels, labels[order])
+        torch.testing.assert_close(reference, images[order] / 255)
+        torch.testing.assert_close(low_res, utils.to_unit(utils.downsample(images[order] / 127.5 - 1, 4)))
+        torch.testing.assert_close(context, utils.to_unit(utils.upsample(2 * low_res - 1, 16)))
+    assert torch.equal(given[0][0], given[0][1]) and (given[1][0] - given[1][3]).abs().max() < 0.51 / 255
+
+
+def test_a_signal_while_the_last_pictures_are_drawn_leaves_the_table_for_later(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
+    original = train_mnist.draw
+    monkeypatch.setattr(train_mnist, "draw", lambda *a: signal.raise_signal(signal.SIGINT) or original(*a))
+    monkeypatch.setattr(train_mnist, "evaluate", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit) as exit:
+        run(tiny_config(num_images=50, num_training_steps=1), tmp_path / "output")
+    assert exit.value.code == 130 and checkpoint_of(tmp_path / "output")["step"] == 1
+    assert "stopped after step 1" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_judging_leaves_a_finished_run_to_be_judged_later(
+    copy_of_finished, tiny_config, monkeypatch, capsys
+):
+    output = copy_of_finished[1]
     monkeypatch.setattr(metrics, "train_classifier", lambda *_: signal.raise_signal(signal.SIGINT))
     before = snapshot(output)
     with pytest.raises(SystemExit) as exit:
-        run(config.parent / "judged.toml", output, "--resume")
+        run(tiny_config(num_images=10), output, "--resume")
     assert exit.value.code == 130 and snapshot(output) == before
     lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "train_mnist.py: " in line]
     assert len(lines) == 1 and "--resume" in lines[0]
@@ -574,7 +610,7 @@ def test_ctrl_c_while_judging_leaves_a_finished_run_to_be_judged_later(copy_of_f
 @pytest.fixture
 def refused(finished, tmp_path, capsys, monkeypatch):
     """Runs into an output folder with an earlier run; asserts the refusal, and returns its line."""
-    monkeypatch.setattr(utils, "drawn_digits", FEW_DIGITS)  # it never comes to training
+    monkeypatch.setattr(utils, "draw_digits", draw_few_digits)  # it never comes to training
 
     def refuse(config, *flags, output=None):
         if output is None:

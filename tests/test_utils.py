@@ -196,6 +196,8 @@ def test_mnist_files_are_read_pixel_by_pixel(write_mnist, dataset, folder):
         found = load_images(dataset, data_dir, is_train, 28, 1)
         assert found.dtype == torch.uint8 and torch.equal(found, images[:, None])
         assert torch.equal(load_images(dataset, data_dir, is_train, 28, 3), images[:, None].repeat(1, 3, 1, 1))
+        labels = utils.load_data_set(dataset, data_dir, is_train, 28, 1)[1]
+        assert labels.dtype == torch.int64 and labels.tolist() == list(range(len(images)))
 
 
 @pytest.mark.parametrize("size", [32, 16])
@@ -228,6 +230,7 @@ def test_cifar10_batches_are_read_pixel_by_pixel(tmp_path, monkeypatch):
 
     assert torch.equal(load_images("cifar10", tmp_path, True, 32, 3), images[:10])
     assert torch.equal(load_images("cifar10", tmp_path, False, 32, 3), images[10:])
+    assert utils.load_data_set("cifar10", tmp_path, True, 32, 3)[1].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     luma = (images.double() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     grey = load_images("cifar10", tmp_path, True, 32, 1)
     assert grey.shape == (10, 1, 32, 32) and (grey - luma[:10]).abs().max() < 0.6  # rounded
@@ -358,7 +361,6 @@ def test_a_colour_digit_has_the_shape_of_its_grey_one():
 
 def test_drawn_training_and_test_images_are_60000_and_10000_different_ones(monkeypatch):
     asked = []
-    monkeypatch.setattr(utils, "drawn_digits", utils.drawn_digits.__wrapped__)  # without its memory
     monkeypatch.setattr(utils, "draw_digits", lambda number, *a, **k: asked.append(number) or draw_digits(50, *a, **k))
     train, test = (load_images("digits", "nowhere", train, 16, 1) for train in (True, False))
     assert asked == [60_000, 10_000]
