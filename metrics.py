@@ -1,7 +1,7 @@
-"""How images are judged (the paper's section 4): each metric takes images in [0, 1] and returns one value per image.
+"""How images are judged (the paper's section 4): each metric takes images in [0, 1] and returns one value for each.
 
-The first three compare pixels. The others ask what an image is worth to someone who looks at it, which the paper had
-people answer, and a classifier; here two small networks do. At 32×32 either learns it in less than a minute on a CPU.
+The first three compare pixels. The others ask what an image is worth to someone who looks at it. The paper asked people
+and a classifier; here it is two small networks. At 32×32 either learns its task in less than a minute on a CPU.
 """
 
 import math
@@ -84,11 +84,11 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0) -> nn.Module
 def fool_rate(images: Tensor, reference: Tensor, context: Tensor, grain: float = GRAIN, seed: int = 0) -> Tensor:
     """The paper's human test, done by a network: 1.0 where it takes an output for real, else 0.0; [B - B // 2].
 
-    The judge sees x and two candidates, the output and the real image, and says which one is real. It learns from the
-    first half of the images and is asked about the second. A mean of 0.5 says that it can't tell. It rates each
-    candidate by itself, so their order, random in the paper's test, can't matter. `grain` is the standard deviation of
-    noise in its eyes, new at each look: with 0 it sees what no person sees, such as whether black is 0 or 1 of 255, and
-    is never fooled. All three images are [B, C, H, W] in [0, 1], B at least 2.
+    The judge sees x and two candidates, the output and the real image, and says which one is real. A mean of 0.5 says
+    that it can't tell. It learns from the first half of the images and is asked about the second, for which values are
+    returned. It rates each candidate by itself, so their order can't matter. `grain` is the standard deviation of noise
+    in its eyes, new at each look: with 0 it sees what no person sees, such as whether black is 0 or 1 of 255, and is
+    hardly ever fooled. All three images are [B, C, H, W] in [0, 1], B at least 2.
     """
     half, device = len(images) // 2, images.device
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +113,7 @@ def fool_rate(images: Tensor, reference: Tensor, context: Tensor, grain: float =
 def diversity(samples: Tensor) -> Tensor:
     """How much K results for the same x differ, [B, K, C, H, W] in [0, 1]: 0 for a regression; [B].
 
-    The standard deviation of each pixel over the samples, averaged over pixels and channels.
+    The standard deviation of each pixel over the samples, averaged over pixels and channels. Not in the paper.
     """
     return samples.std(dim=1).mean(dim=(1, 2, 3))
 

@@ -23,7 +23,7 @@ class SR3(nn.Module):
     The schedule is β_t = 1 - α_t, linear from `beta_start` to `beta_end` in `num_timesteps` steps, T of the paper.
     Buffer `gammas`, [T + 1]: γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied up in float64, then rounded to float32 once.
     All that follows takes these float32 values for exact, so f_θ is told the very noise level that is in ỹ. Raises
-    ValueError where the β's leave no γ_t in float32 that can be told from 1, or divided by.
+    ValueError unless γ_1 < 1 and γ_T > 1e-8 in float32.
     """
 
     def __init__(self, unet: nn.Module, num_timesteps: int = 2000, beta_start: float = 1e-6, beta_end: float = 1e-2):
@@ -40,7 +40,7 @@ class SR3(nn.Module):
     def loss(self, high_res: Tensor, context: Tensor) -> Tensor:
         """Algorithm 1 for one batch: the mean of (f_θ(x, ỹ, γ) - ε)², equation (6) with p = 2; a scalar.
 
-        `high_res` is y_0 and `context` is x, both [B, C, H, W] in [-1, 1]: line 2 of the algorithm.
+        `high_res` is y_0, `context` is x, both [B, C, H, W], scaled to [-1, 1]: line 2 of the algorithm.
         """
         # Line 3: γ ~ p(γ): t uniform in 1…T, then γ uniform between γ_t and γ_{t-1} (section 2.4).
         t = torch.randint(1, len(self.gammas), high_res.shape[:1], device=high_res.device)  # [B]
@@ -106,7 +106,7 @@ class SR3(nn.Module):
 
 
 class Regression(nn.Module):
-    """The baseline of section 4: the U-Net without noise maps x straight to y_0. It has SR3's face, no diffusion."""
+    """The baseline of section 4: the U-Net without noise maps x straight to y_0. Called like SR3."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()

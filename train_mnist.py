@@ -5,10 +5,10 @@
     python train_mnist.py --config_path configs/color_digits.toml --output_dir output/color
     python train_mnist.py --resume
     python train_mnist.py --config_path configs/mnist_regression.toml --output_dir output/regression
-    python train_mnist.py --regression_checkpoint output/regression/checkpoint.pt
+    python train_mnist.py --resume --regression_checkpoint output/regression/checkpoint.pt
     torchrun --standalone --nproc_per_node=8 train_mnist.py
 
-Read it from top to bottom, beside the paper (arXiv 2104.07636): the method is sr3.py, the network unet.py.
+Beside the paper (arXiv 2104.07636) read SR3.loss and SR3.refine in sr3.py, UNet.forward in unet.py, then `train` below.
 """
 
 import sys
@@ -132,7 +132,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_layout(config: Config, device: torch.device) -> torch.memory_format:
-    """Channels last for wide networks and for GPUs' matrix units; measured on CPUs: narrow ones are faster without."""
+    """Channels last for wide networks and GPUs' matrix units; measured on CPUs: narrow ones train faster without."""
     wide = config.model.features >= 64 or device.type == "cuda"
     return torch.channels_last if wide else torch.contiguous_format
 
@@ -191,7 +191,7 @@ def load_data(config: Config, data_dir: Path) -> tuple[str, tuple, tuple]:
 
 
 def make_pair(images: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """From uint8 images in 0…255 the target y_0, the low-resolution image and the context x, all three in [-1, 1]."""
+    """From uint8 images in 0…255 the target y_0, the low-resolution image and the context x, scaled to [-1, 1]."""
     high_res = to_float(images)  # [B, C, H, W]
     low_res = downsample(high_res, config.data.low_res_size)  # [B, C, h, w]
     context = upsample(low_res, config.data.image_size)  # [B, C, H, W]

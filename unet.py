@@ -1,7 +1,7 @@
-"""The network f_θ(x, ỹ, γ) of SR3: DDPM's U-Net with the changes of the paper's section 2.4.
+"""The network f_θ(x, ỹ, γ) of SR3: DDPM's U-Net with changes of the paper's section 2.4.
 
 It takes the low-resolution image x (already enlarged to the target size), the noisy image ỹ and the noise level γ, and
-predicts the noise ε in ỹ. Of diffusion it knows nothing but that level.
+predicts the noise ε in ỹ. Of diffusion it knows that level, and, in `forward`, what ỹ is a mixture of.
 """
 
 import math
@@ -54,7 +54,7 @@ class UNet(nn.Module):
         def attention(i: int) -> nn.Module:
             return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
 
-        # Angles are in [0, π / 2]: frequencies from 1, a quarter turn in all, to 1000, which tells a thousandth apart.
+        # Angles are in [0, π / 2]: frequencies from 1, a quarter turn in all, to 1000, which tells 0.001 rad apart.
         self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(features, embedding_dim),
@@ -78,7 +78,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
         """f_θ(x, ỹ, γ) = √(1 - γ) · ỹ + √γ · U(x, ỹ, γ), where U is the U-Net itself. Why not f_θ = U?
 
-        Equation (10) with f_θ = U is ŷ_0 = (ỹ - √(1 - γ) U) / √γ: it divides U's error by √γ, at t = T by 150.
+        Equation (10) with f_θ = U is ŷ_0 = (ỹ - √(1 - γ) U) / √γ: dividing by √γ multiplies U's error, at t = T by 150.
         With the line above, ỹ - √(1 - γ) f_θ = ỹ - (1 - γ) ỹ - √(1 - γ) √γ U = √γ (√γ ỹ - √(1 - γ) U), and so
         (10) becomes ŷ_0 = √γ ỹ - √(1 - γ) U: nothing is amplified, and both algorithms stay the paper's.
 

@@ -373,7 +373,7 @@ def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bicubic resampling: how the low-resolution image is made, and how the context x is made from it (section 2.4)
+# Bicubic resampling: how the low-resolution image is made, and from it the context x (the latter: section 2.4)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -395,7 +395,7 @@ def downsample(images: Tensor, size: int) -> Tensor:
 
 
 def upsample(images: Tensor, size: int) -> Tensor:
-    """Enlarge [B, C, h, w] to [B, C, size, size] bicubically: the context x."""
+    """Enlarge [B, C, h, w] to [B, C, size, size] bicubically: the context x, which overshoots a little at edges."""
     return F.interpolate(images, (size, size), mode="bicubic")
 
 

@@ -86,7 +86,9 @@ def test_the_three_lines_that_use_a_trained_model_work(tmp_path):
 def test_commands_name_files_and_flags_that_exist(capsys):
     with pytest.raises(SystemExit):
         train_mnist.parse_flags(["--help"])
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     flags = set(re.findall(r"--\w[\w-]*", capsys.readouterr().out)) | {"--standalone", "--nproc_per_node"}
+    flags |= set(re.findall(r'add_argument\("(--\w+)"', scripts))
     assert set(re.findall(r"(?<!\w)--[a-z]\w*(?:-[a-z]+)*", TEXT)) <= flags
     code = " ".join(body for language, body in BLOCKS if language == "bash") + " ".join(re.findall(r"`([^`]+)`", PROSE))
     for path in re.findall(r"(?<![\w./])[\w/]+\.(?:py|toml|txt)(?!\w)", code):
