@@ -1,10 +1,9 @@
 """How images are judged (the paper's section 4): each metric takes images in [0, 1] and returns one value for each.
 
-The first three compare pixels. The others ask what an image is worth to someone who looks at it. The paper asked people
-and a classifier; here it is two small networks. At 32×32 either learns its task in less than a minute on a CPU.
+The first four compare pixels. The others ask what an image is worth to someone who looks at it. The paper asked people
+and a classifier; here it is two small networks, which learn their task from real images in about a minute on a CPU.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -19,7 +18,17 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
     Infinite for equal images. It and SSIM favour the blurry regression baseline over SR3; people do not (section 4).
     """
-    return -10 * (images - reference).square().mean(dim=(1, 2, 3)).log10()
+    return -10 * squared_difference(images, reference).log10()
+
+
+def squared_difference(images: Tensor, others: Tensor) -> Tensor:
+    """Mean squared difference of [B, C, H, W] and others of the same shape; [B].
+
+    Of two samples for the same x it is their spread, of a sample and the reference the error. A perfect sampler of
+    p(y | x) has as much of one as of the other, on average: both are twice the posterior variance. A regression has no
+    spread. Their ratio is the spread-skill ratio of ensemble forecasts; it needs no judge.
+    """
+    return (images - others).square().mean(dim=(1, 2, 3))
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
@@ -84,11 +93,12 @@ def train_classifier(images: Tensor, labels: Tensor) -> nn.Module:
 def fool_rate(images: Tensor, reference: Tensor, context: Tensor, grain: float = GRAIN) -> Tensor:
     """The paper's human test, done by a network: 1.0 where it takes an output for real, else 0.0; [B - B // 2].
 
-    The judge sees x and two candidates, the output and the real image, and says which one is real. A mean of 0.5 says
-    that it can't tell. It learns from the first half of the images and is asked about the second, for which values are
-    returned. It rates each candidate by itself, so their order can't matter. `grain` is the standard deviation of noise
-    in its eyes, new at each look: with 0 it sees what no person sees, such as whether black is 0 or 1 of 255, and is
-    hardly ever fooled. All three images are [B, C, H, W] in [0, 1], B at least 2.
+    That is a classifier two-sample test (Lopez-Paz and Oquab, arXiv 1610.06545). The judge sees x and two candidates,
+    the output and the real image, and says which one is real. A mean of 0.5 says that it can't tell; a tie counts as
+    0.5. It learns from the first half of the images and is asked about the second, for which values are returned. It
+    rates each candidate by itself, so their order can't matter. `grain` is the standard deviation of noise in its eyes,
+    new at each look: with 0 it sees what no person sees, such as whether black is 0 or 1 of 255, and is hardly ever
+    fooled. All three images are [B, C, H, W] in [0, 1], B at least 2.
     """
     half, device = len(images) // 2, images.device
     generator = torch.Generator().manual_seed(0)
@@ -107,15 +117,7 @@ def fool_rate(images: Tensor, reference: Tensor, context: Tensor, grain: float =
     with torch.no_grad():
         asked = torch.arange(half, len(images), device=device).split(250)
         output, real = map(torch.cat, zip(*(realness(judge, indices) for indices in asked)))
-    return (output > real).float()
-
-
-def diversity(samples: Tensor) -> Tensor:
-    """How much K results for the same x differ, [B, K, C, H, W] in [0, 1]: 0 for a regression; [B].
-
-    The standard deviation of each pixel over the samples, averaged over pixels and channels. Not in the paper.
-    """
-    return samples.std(dim=1).mean(dim=(1, 2, 3))
+    return (output > real).float() + 0.5 * (output == real).float()
 
 
 def train_network(
@@ -151,82 +153,3 @@ def train_network(
         optimizer.step()
         schedule.step()
     return network.eval()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The final table
-
-COLUMNS = {  # heading, factor, digits
-    "psnr": ("PSNR ↑", 1, 2),
-    "ssim": ("SSIM ↑", 1, 3),
-    "consistency": ("consistency ↓", 1, 1),
-    "accuracy": ("digit accuracy ↑", 100, 1),
-    "fool_rate": ("fool rate → 50 %", 100, 1),
-}
-
-
-def score(
-    images: Tensor,
-    reference: Tensor,
-    low_res: Tensor,
-    context: Tensor,
-    labels: Tensor | None = None,
-    classifier: nn.Module | None = None,
-) -> dict[str, dict | None]:
-    """All metrics of images [B, C, H, W] in [0, 1], each as `summarize` gives it, or None where it can't be had.
-
-    That is accuracy without labels and classifier, and the fool rate of fewer than 50 images, which teach a judge
-    nothing. The other images are those of the single metrics.
-    """
-
-    def mean_of(metric: Callable[[Tensor, Tensor], Tensor], other: Tensor) -> dict:
-        parts = zip(images.split(100), other.split(100))  # large images are many bytes
-        return summarize(torch.cat([metric(*part) for part in parts]))
-
-    return {
-        "psnr": mean_of(psnr, reference),
-        "ssim": mean_of(ssim, reference),
-        "consistency": mean_of(consistency, low_res),
-        "accuracy": summarize(accuracy(images, labels, classifier)) if classifier else None,
-        "fool_rate": summarize(fool_rate(images, reference, context), rate=True) if len(images) >= 50 else None,
-    }
-
-
-def summarize(values: Tensor, rate: bool = False) -> dict:
-    """The mean of values [N], one per image, and its standard error; of a rate also the 95 % interval (Wilson's).
-
-    What isn't finite, such as the PSNR of equal images, becomes a string, "inf" or "nan", as JSON has no such numbers.
-    """
-    n, values = len(values), values.cpu().double()
-    mean, deviation = values.mean().item(), values.std().item() if n > 1 else math.nan
-    summary = {"mean": mean, "standard_error": deviation / math.sqrt(n)}
-    if rate:
-        z = 1.96
-        middle, width = mean + z**2 / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
-        low, high = (middle - width) / (1 + z**2 / n), (middle + width) / (1 + z**2 / n)
-        summary |= {"low": max(0.0, low), "high": min(1.0, high)}
-    return {key: number if math.isfinite(number) else str(number) for key, number in summary.items()}
-
-
-def format_table(rows: dict[str, dict]) -> str:
-    """The final table in Markdown: of each method its "training_steps" and what `score` says."""
-    lines = [["method", "steps", *(heading for heading, _, _ in COLUMNS.values())], ["---"] * (2 + len(COLUMNS))]
-    for method, row in rows.items():
-        cells = [format_cell(row[key], factor, digits) for key, (_, factor, digits) in COLUMNS.items()]
-        lines.append([method, f"{row['training_steps']:,}" if row["training_steps"] else "–", *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def format_cell(summary: dict | None, factor: int = 1, digits: int = 1) -> str:
-    """What `summarize` gives, as text: the mean ± its standard error, in per cent with factor 100; "–" for None."""
-    if summary is None:
-        return "–"
-    numbers = {key: f"{factor * float(number):.{digits}f}".replace("inf", "∞") for key, number in summary.items()}
-    text = numbers["mean"]
-    if numbers["standard_error"] != "nan":
-        text += f" ± {numbers['standard_error']}"
-    if factor == 100:
-        text += " %"
-    if "low" in numbers:
-        text += f" ({numbers['low']} to {numbers['high']})"
-    return text

@@ -1,20 +1,24 @@
 """SR3, "Image Super-Resolution via Iterative Refinement" (arXiv 2104.07636): the noise levels, Algorithms 1 and 2.
 
 The story in the paper's order. A diffusion adds noise to the high-resolution image y_0 until nothing is left of it
-(section 2.1); the network f_θ learns to tell the noise from the image, with the low-resolution image x to lean on
-(section 2.2, Algorithm 1); and a new image is made by starting from noise alone and taking it away bit by bit
-(section 2.3, Algorithm 2). Images are [B, C, H, W] in [-1, 1]; f_θ is any module called as unet(x, y_t, gamma) with
-gamma of shape [B].
+(section 2.1). The network f_θ learns to tell the noise from the image, with the low-resolution image x to lean on
+(section 2.2, Algorithm 1). A new image is made by starting from noise alone and taking it away bit by bit (section 2.3,
+Algorithm 2). Images are [B, C, H, W] in [-1, 1]; the U-Net U is any module called as unet(x, y_t, gamma), gamma [B].
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from unet import UNet
+from utils import Config, InputError, load_checkpoint, parse_config
 
 
 class SR3(nn.Module):
@@ -35,7 +39,19 @@ class SR3(nn.Module):
         if not 1e-8 < gammas[-1] <= gammas[1] < 1:
             schedule = f"β from {beta_start} to {beta_end} in {num_timesteps} steps"
             raise ValueError(f"{schedule}: γ_1 … γ_T must be smaller than 1 and larger than 1e-8")
-        self.register_buffer("gammas", gammas)
+        self.register_buffer("gammas", gammas, persistent=False)
+
+    def predict_noise(self, context: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
+        """f_θ(x, ỹ, γ) = √(1 - γ) · ỹ + √γ · U(x, ỹ, γ): x and ỹ [B, C, H, W], γ [B] -> the noise in ỹ, float32.
+
+        Why not f_θ = U? Equation (10) would divide U's error by √γ, at t = T by 1/150. With the line above, the noise
+        is ε exactly when U is √γ ε - √(1 - γ) y_0, and (10) becomes ŷ_0 = √γ ỹ - √(1 - γ) U: nothing is amplified.
+        This is the v-prediction of Salimans and Ho (arXiv 2202.00512). Loss and algorithms stay the paper's.
+
+        The products are float32 also under autocast: divided by √γ, bfloat16's rounding alone would be 0.6.
+        """
+        level = rearrange(gamma, "b -> b 1 1 1")
+        return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t, gamma).float()
 
     def loss(self, high_res: Tensor, context: Tensor) -> Tensor:
         """Algorithm 1 for one batch: the mean of (f_θ(x, ỹ, γ) - ε)², equation (6) with p = 2; a scalar.
@@ -50,11 +66,9 @@ class SR3(nn.Module):
         level = rearrange(gamma, "b -> b 1 1 1")
         y_noisy = level.sqrt() * high_res + (1 - level).sqrt() * noise
         # Line 5: what the gradient step is taken on.
-        return F.mse_loss(self.unet(context, y_noisy, gamma), noise)
+        return F.mse_loss(self.predict_noise(context, y_noisy, gamma), noise)
 
-    def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
-        """`loss`, under the name that DistributedDataParallel calls."""
-        return self.loss(high_res, context)
+    forward = loss  # what DistributedDataParallel calls
 
     @torch.no_grad()
     def refine(
@@ -67,11 +81,10 @@ class SR3(nn.Module):
     ) -> Iterator[tuple[float, Tensor, Tensor]]:
         """Algorithm 2: from noise to an image; yields (γ, y_t, ŷ_0) after each step, the last one with γ = 1.
 
-        `context` is x, [B, C, H, W] in [-1, 1]. `steps` is from 1 to T, on the same weights, since f_θ is told γ: the
-        levels are `steps` of the training's, evenly spaced in t (the paper searches for them, section 2.4). `variance`
-        is the σ_t² of the noise put back in: "posterior" is equation (4)'s, "forward" the paper's 1 - α_t. `generator`
-        (on x's device) makes the result reproducible; `y_T` starts from that noise instead of drawing it. Raises
-        ValueError where steps or variance is none of these.
+        `context` is x, [B, C, H, W] in [-1, 1]. `steps` is from 1 to T, on the same weights, since f_θ is told γ.
+        `variance` is the σ_t² of the noise put back in: "posterior" is equation (4)'s, "forward" the paper's 1 - α_t.
+        `generator` (on x's device) makes the result reproducible; `y_T` starts from that noise instead of drawing it.
+        Raises ValueError where steps or variance is none of these.
         """
         T = len(self.gammas) - 1
         if not 1 <= steps <= T:
@@ -82,13 +95,14 @@ class SR3(nn.Module):
         def randn():
             return torch.randn(context.shape, generator=generator, device=context.device)
 
+        # The levels are some of the training's, t = T · (i / steps)²: closer together where little noise is left.
         gammas = self.gammas.tolist()  # float64, for the arithmetic on levels below
-        gammas = [gammas[i * T // steps] for i in range(steps, -1, -1)]  # [steps + 1], from γ_T to γ_0 = 1
+        gammas = [gammas[max(i, round(T * (i / steps) ** 2))] for i in range(steps, -1, -1)]  # from γ_T to γ_0 = 1
         y_t = randn() if y_T is None else y_T  # line 1
         for gamma_t, gamma_s in pairwise(gammas):  # line 2: from level t to the next lower noise level s
             alpha_t = gamma_t / gamma_s  # what t keeps of s: the α_t of a process that has only these levels
             with eval_mode(self.unet):  # not around the loop: at a yield, the caller has the mode it left
-                noise = self.unet(context, y_t, context.new_full((len(context),), gamma_t))
+                noise = self.predict_noise(context, y_t, context.new_full((len(context),), gamma_t))
             y_0 = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
             posterior = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)  # σ² of equation (4)
             sigma = (posterior if variance == "posterior" else 1 - alpha_t) ** 0.5
@@ -106,15 +120,15 @@ class SR3(nn.Module):
 
 
 class Regression(nn.Module):
-    """The baseline of section 4: the U-Net without noise maps x straight to y_0. Called like SR3."""
+    """The baseline of section 4: the U-Net without noise, U(x, 0, 1), maps x straight to y_0. Called like SR3."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet
 
     def predict(self, context: Tensor) -> Tensor:
-        """x -> ŷ_0, both [B, C, H, W]: at γ = 1 no noise is in ỹ, f_θ is U alone, and zeros take the place of ỹ."""
-        return self.unet(context, torch.zeros_like(context), context.new_ones(len(context)))
+        """x -> ŷ_0, both [B, C, H, W], in float32: zeros take the place of ỹ, and γ = 1 says that there is no noise."""
+        return self.unet(context, torch.zeros_like(context), context.new_ones(len(context))).float()
 
     def loss(self, high_res: Tensor, context: Tensor) -> Tensor:
         """The mean squared error of ŷ_0, for y_0 and x as `SR3.loss` takes them; a scalar.
@@ -123,9 +137,7 @@ class Regression(nn.Module):
         """
         return F.mse_loss(self.predict(context), high_res)
 
-    def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
-        """`loss`, under the name that DistributedDataParallel calls."""
-        return self.loss(high_res, context)
+    forward = loss  # what DistributedDataParallel calls
 
     @torch.no_grad()
     def refine(self, context: Tensor, steps: int = 1, **options) -> Iterator[tuple[float, Tensor, Tensor]]:
@@ -149,3 +161,29 @@ def eval_mode(module: nn.Module):
     finally:
         for m, training in modes:
             m.training = training
+
+
+def build_model(config: Config) -> SR3 | Regression:
+    """The untrained model that a config describes. Raises InputError for what `UNet` or `SR3` refuses."""
+    try:
+        unet = UNet(image_channels=config.data.channels, image_size=config.data.image_size, **asdict(config.model))
+        return SR3(unet, **asdict(config.diffusion)) if config.method == "sr3" else Regression(unet)
+    except ValueError as error:
+        raise InputError(f"config: {error}") from None
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Regression:
+    """A trained model with the averaged weights, ready to `sample`, from a checkpoint or from shipped weights.
+
+    Raises InputError for what is neither.
+
+    model = load_model("output/reference/sr3-8x.pt")
+    images = model.sample(upsample(low_res, 32), steps=25)  # low_res: [B, 1, 4, 4] in [-1, 1]
+    """
+    checkpoint = load_checkpoint(path)
+    model = build_model(parse_config(checkpoint["config"], path))
+    try:
+        model.load_state_dict(checkpoint["ema"])  # half precision becomes float32 here
+    except (RuntimeError, AttributeError):
+        raise InputError(f"{path} is of another version of this lesson, or damaged: its weights don't fit") from None
+    return model.eval().to(device)

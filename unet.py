@@ -1,7 +1,7 @@
-"""The network f_θ(x, ỹ, γ) of SR3: DDPM's U-Net with changes of the paper's section 2.4.
+"""The U-Net U(x, ỹ, γ): DDPM's, with the changes of the paper's section 2.4.
 
-It takes the low-resolution image x (already enlarged to the target size), the noisy image ỹ and the noise level γ, and
-predicts the noise ε in ỹ. Of diffusion it knows that level, and, in `forward`, what ỹ is a mixture of.
+It sees the low-resolution image x, enlarged to the target size, beside the noisy image ỹ, and is told the noise level
+γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U.
 """
 
 import math
@@ -14,104 +14,15 @@ from torch import Tensor, nn
 GROUPS = 8  # of every GroupNorm; DDPM's 32 would leave one channel a group at 32 features
 
 
-class UNet(nn.Module):
-    """f_θ(x, ỹ, γ): x and ỹ [B, C, H, W] in [-1, 1] and γ [B] in [0, 1] -> the predicted noise, [B, C, H, W] float32.
-
-    Level i of the U works at H / 2^i with features · channel_multipliers[i] channels. Each half has `blocks_per_level`
-    stages on every level; the output of a stage on the way down is concatenated to the input of its mirror image on the
-    way up. Self-attention follows the residual blocks whose resolution is in `attention_resolutions`.
-
-    C is `image_channels`, 1 or 3; `image_size` is H and W. Raises ValueError for other channels, for a size that the
-    levels don't divide, and for features that the norms' groups or the attention's heads don't divide.
-    """
-
-    def __init__(
-        self,
-        image_channels: int,
-        features: int,
-        channel_multipliers: tuple[int, ...],
-        blocks_per_level: int,
-        attention_resolutions: tuple[int, ...],
-        attention_heads: int,
-        dropout: float,
-        image_size: int,
-    ):
-        super().__init__()
-        levels = len(channel_multipliers)
-        if image_channels not in (1, 3):
-            raise ValueError(f"image_channels is {image_channels}: it must be 1 (grey) or 3 (colour)")
-        if image_size % 2 ** (levels - 1):
-            raise ValueError(f"image_size is {image_size}: {levels} levels need a multiple of {2 ** (levels - 1)}")
-        if features % GROUPS or features % attention_heads:
-            raise ValueError(f"features is {features}: it must be a multiple of {GROUPS} and of the attention heads")
-        widths = [features * multiplier for multiplier in channel_multipliers]  # channels of each level
-        sizes = [image_size // 2**i for i in range(levels)]  # resolution of each level
-        embedding_dim = 4 * features
-
-        def block(in_channels: int, out_channels: int, resample: str = "") -> ResidualBlock:
-            return ResidualBlock(in_channels, out_channels, embedding_dim, dropout, resample)
-
-        def attention(i: int) -> nn.Module:
-            return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
-
-        # Angles are in [0, π / 2]: frequencies from 1, a quarter turn in all, to 1000, which tells 0.001 rad apart.
-        self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)
-        self.embed = nn.Sequential(
-            nn.Linear(features, embedding_dim),
-            nn.SiLU(),
-            nn.Linear(embedding_dim, embedding_dim),
-            nn.SiLU(),
-        )
-        self.conv_in = nn.Conv2d(2 * image_channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()  # from the outside in: the way up grows from its end
-        for i, width in enumerate(widths):
-            for _ in range(blocks_per_level):
-                self.down.append(Stage(block(width, width), attention(i)))
-                self.up.insert(0, Stage(block(2 * width, width), attention(i)))
-            if i < levels - 1:
-                self.down.append(block(width, widths[i + 1], "down"))
-                self.up.insert(0, block(widths[i + 1], width, "up"))
-        self.middle = Stage(block(widths[-1], widths[-1]), attention(levels - 1))
-        self.norm_out = nn.GroupNorm(GROUPS, widths[0])
-        self.conv_out = zero_init(nn.Conv2d(widths[0], image_channels, 3, padding=1))
-
-    def forward(self, x: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
-        """f_θ(x, ỹ, γ) = √(1 - γ) · ỹ + √γ · U(x, ỹ, γ), where U is the U-Net itself. Why not f_θ = U?
-
-        Equation (10) with f_θ = U is ŷ_0 = (ỹ - √(1 - γ) U) / √γ: dividing by √γ multiplies U's error, at t = T by 150.
-        With the line above, ỹ - √(1 - γ) f_θ = ỹ - (1 - γ) ỹ - √(1 - γ) √γ U = √γ (√γ ỹ - √(1 - γ) U), and so
-        (10) becomes ŷ_0 = √γ ỹ - √(1 - γ) U: nothing is amplified, and both algorithms stay the paper's.
-
-        These products are float32 also under autocast: divided by √γ, rounding to bfloat16 alone would be 0.6.
-        """
-        signal, noise = gamma.sqrt(), (1 - gamma).sqrt()  # [B] each
-        u = self.u(x, y_t, torch.atan2(noise, signal)).float()
-        return rearrange(noise, "b -> b 1 1 1") * y_t + rearrange(signal, "b -> b 1 1 1") * u
-
-    def u(self, x: Tensor, y_t: Tensor, angle: Tensor) -> Tensor:
-        """The U-Net U; the noise level comes as the angle [B] whose cosine is √γ and whose sine is √(1 - γ).
-
-        An angle tells all levels apart, as well those next to γ = 0 as those next to γ = 1.
-        """
-        phases = rearrange(angle, "b -> b 1") * self.frequencies
-        embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1))  # [B, embedding_dim]
-
-        h = self.conv_in(torch.cat([x, y_t], dim=1))  # [B, 2C, H, W] -> [B, features · multiplier, H, W]
-        skips = []
-        for layer in self.down:
-            h = layer(h, embedding)
-            if isinstance(layer, Stage):
-                skips.append(h)
-        h = self.middle(h, embedding)
-        for layer in self.up:
-            if isinstance(layer, Stage):
-                h = torch.cat([h, skips.pop()], dim=1)
-            h = layer(h, embedding)
-        return self.conv_out(F.silu(self.norm_out(h)))  # [B, C, H, W]
+def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
+    """The last convolution of a branch starts at zero, so that the branch starts as nothing (DDPM)."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ResidualBlock(nn.Module):
-    """A residual block in the BigGAN manner, which resamples too; the sum is rescaled by 1/√2 (section 2.4).
+    """A residual block as in BigGAN, which also resamples; the sum is rescaled by 1/√2 (section 2.4).
 
     GroupNorm, SiLU, 3×3 convolution, twice: [B, in_channels, H, W] -> [B, out_channels, H', W'], where H' is H, or
     H / 2 (`resample="down"`), or 2 H (`"up"`). The embedded noise level scales and shifts the second norm.
@@ -169,8 +80,87 @@ class Stage(nn.Module):
         return self.attention(self.block(x, embedding))
 
 
-def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
-    """The last convolution of a branch starts at zero, so that the branch starts as nothing (DDPM)."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+class UNet(nn.Module):
+    """U(x, ỹ, γ): x and ỹ [B, C, H, W] in [-1, 1] and γ [B] in [0, 1] -> [B, C, H, W].
+
+    Level i of the U works at H / 2^i with features · channel_multipliers[i] channels. Each half has `blocks_per_level`
+    stages on every level; the output of a stage on the way down is concatenated to the input of its mirror image on the
+    way up. Self-attention follows the residual blocks whose resolution is in `attention_resolutions`.
+
+    C is `image_channels`, 1 or 3; `image_size` is H and W. Raises ValueError for other channels, for sizes that the
+    levels don't have, and for features that the norms' groups or the attention's heads don't divide.
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        features: int,
+        channel_multipliers: tuple[int, ...],
+        blocks_per_level: int,
+        attention_resolutions: tuple[int, ...],
+        attention_heads: int,
+        dropout: float,
+        image_size: int,
+    ):
+        super().__init__()
+        levels = len(channel_multipliers)
+        widths = [features * multiplier for multiplier in channel_multipliers]  # channels of each level
+        sizes = [image_size // 2**i for i in range(levels)]  # resolution of each level
+        if image_channels not in (1, 3):
+            raise ValueError(f"channels is {image_channels}: it must be 1 (grey) or 3 (colour)")
+        if levels == 0 or image_size % 2 ** (levels - 1):
+            hint = "one number for each level, each at half the size of the level above"
+            raise ValueError(f"image_size {image_size} and channel_multipliers {channel_multipliers}: give {hint}")
+        if features % GROUPS or features % attention_heads:
+            heads = f"attention_heads, {attention_heads}"
+            raise ValueError(f"features is {features}: it must be a multiple of {GROUPS} and of {heads}")
+        if not set(attention_resolutions) <= set(sizes):
+            raise ValueError(f"attention_resolutions is {attention_resolutions}: the levels have {sizes}")
+        embedding_dim = 4 * features
+
+        def block(in_channels: int, out_channels: int, resample: str = "") -> ResidualBlock:
+            return ResidualBlock(in_channels, out_channels, embedding_dim, dropout, resample)
+
+        def attention(i: int) -> nn.Module:
+            return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
+
+        # Angles are in [0, π / 2]: frequencies from 1, a quarter turn in all, to 1000, which tells 0.001 rad apart.
+        self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)
+        self.embed = nn.Sequential(
+            nn.Linear(features, embedding_dim),
+            nn.SiLU(),
+            nn.Linear(embedding_dim, embedding_dim),
+            nn.SiLU(),
+        )
+        self.conv_in = nn.Conv2d(2 * image_channels, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()  # from the outside in: the way up grows from its end
+        for i, width in enumerate(widths):
+            for _ in range(blocks_per_level):
+                self.down.append(Stage(block(width, width), attention(i)))
+                self.up.insert(0, Stage(block(2 * width, width), attention(i)))
+            if i < levels - 1:
+                self.down.append(block(width, widths[i + 1], "down"))
+                self.up.insert(0, block(widths[i + 1], width, "up"))
+        self.middle = Stage(block(widths[-1], widths[-1]), attention(levels - 1))
+        self.norm_out = nn.GroupNorm(GROUPS, widths[0])
+        self.conv_out = zero_init(nn.Conv2d(widths[0], image_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
+        # The noise level as the angle whose cosine is √γ and whose sine is √(1 - γ): unlike γ, it tells levels apart
+        # as well next to 0 as next to 1.
+        angle = torch.atan2((1 - gamma).sqrt(), gamma.sqrt())  # [B]
+        phases = rearrange(angle, "b -> b 1") * self.frequencies
+        embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1))  # [B, embedding_dim]
+
+        h = self.conv_in(torch.cat([x, y_t], dim=1))  # [B, 2C, H, W] -> [B, features · multiplier, H, W]
+        skips = []
+        for layer in self.down:
+            h = layer(h, embedding)
+            if isinstance(layer, Stage):
+                skips.append(h)
+        h = self.middle(h, embedding)
+        for layer in self.up:
+            if isinstance(layer, Stage):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = layer(h, embedding)
+        return self.conv_out(F.silu(self.norm_out(h)))  # [B, C, H, W]

@@ -1,27 +1,37 @@
-"""What the lesson needs beside the method: settings, data sets, bicubic resampling, picture grids and safe files."""
+"""What the lesson needs beside the method: settings, the machine, data sets, bicubic resampling, grids, safe files."""
 
 import difflib
 import functools
 import io
 import itertools
-import math
 import os
 import socket
 import sys
 import tomllib
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what an Apple GPU lacks, its CPU does
+
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
+
+HERE = Path(__file__).resolve().parent
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
 class InputError(Exception):
@@ -30,6 +40,42 @@ class InputError(Exception):
 
 class DatasetUnavailable(InputError):
     """A data set is neither on disk nor downloadable."""
+
+
+def fail(message: object, status: int = 2) -> NoReturn:
+    """Ends the script with one line on stderr, which names the rank unless it is the first; status 2 is bad input."""
+    script = Path(sys.argv[0]).name + f" (rank {RANK})" * (RANK > 0)
+    with suppress(OSError):
+        print(f"{script}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def run_script(function: Callable[[], None], if_stopped: str = "stopped") -> None:
+    """Calls a script's main part; what goes wrong with its input, files, memory or keyboard becomes one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console without γ shows a question mark
+    try:
+        function()
+        sys.stdout.flush()
+    except InputError as error:
+        fail(error)
+    except OSError as error:
+        if error.filename is None:  # the output's reader is gone, or its disk is full: what is left goes nowhere
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail(f"{error.filename or 'the output'}: {error.strerror or error}")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fail(f"out of memory; give a smaller batch_size ({str(error)[:100]})")
+    except KeyboardInterrupt:
+        fail(if_stopped, status=130)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Each device has its own words for it, most of them in a RuntimeError."""
+    words = ("out of memory", "allocate memory", "enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,19 +138,12 @@ class TrainingConfig:
 
 
 @dataclass
-class EvaluationConfig:
-    num_images: int = between(0, 10**6)
-    regression_checkpoint: str = field(metadata={"allowed": lambda _: True})
-
-
-@dataclass
 class Config:
     data: DataConfig
     model: ModelConfig
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     training: TrainingConfig
-    evaluation: EvaluationConfig
     method: str = one_of("sr3", "regression")
 
 
@@ -112,15 +151,13 @@ def load_config(path: str | Path, **training: int | None) -> Config:
     """Read a config file; keyword arguments that are not None replace settings of its [training] section.
 
     Raises InputError for a file that is missing or is no TOML, a key that is unknown or missing, a value of the wrong
-    type or out of range, and settings that don't go together.
+    type or out of range, and sizes that don't go together.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(
-            f"config {path} can't be read: {error.strerror}; give an existing file by --config_path"
-        ) from None
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError(f"config {path} can't be read: {error.strerror}; give one by --config_path") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"config {path} is not valid TOML: {error}") from None
     if isinstance(values.get("training"), dict):
         values["training"] |= {key: value for key, value in training.items() if value is not None}
@@ -130,48 +167,27 @@ def load_config(path: str | Path, **training: int | None) -> Config:
 def parse_config(values: dict, source: str | Path) -> Config:
     """Turn nested dictionaries into a Config; errors as `load_config`, naming `source`."""
     config = parse_section(Config, values, f"{source}: ")
-    data, model, steps = config.data, config.model, config.sampling.steps
-    if data.channels == 2:
-        raise InputError(f"{source}: data.channels is 2: it must be 1 (grey) or 3 (colour)")
-    if data.low_res_size >= data.image_size:
-        raise InputError(
-            f"{source}: data.low_res_size is {data.low_res_size}: it must be smaller than image_size, {data.image_size}"
-        )
-    if not model.channel_multipliers:
-        raise InputError(f"{source}: model.channel_multipliers is []: give one number for each level of the U-Net")
-    divisor = 2 ** (len(model.channel_multipliers) - 1)
-    if data.image_size % divisor:
-        raise InputError(
-            f"{source}: data.image_size is {data.image_size}: the U-Net's {len(model.channel_multipliers)} levels "
-            f"need a multiple of {divisor}"
-        )
-    if model.features % 8 or model.features % model.attention_heads:
-        raise InputError(
-            f"{source}: model.features is {model.features}: it must be a multiple of 8 and of attention_heads, "
-            f"{model.attention_heads}"
-        )
-    if steps > config.diffusion.num_timesteps:
-        raise InputError(
-            f"{source}: sampling.steps is {steps}: it must be at most num_timesteps, {config.diffusion.num_timesteps}"
-        )
+    for name, value, limit, of in (
+        ("data.low_res_size", config.data.low_res_size, config.data.image_size - 1, "image_size - 1"),
+        ("sampling.steps", config.sampling.steps, config.diffusion.num_timesteps, "num_timesteps"),
+    ):
+        if value > limit:
+            raise InputError(f"{source}: {name} is {value}: it must be at most {of}, {limit}")
     return config
 
 
 def parse_section(section: type, values: dict, where: str):
-    """Make a dataclass of a dictionary, checking keys, types and ranges; `where` opens its error lines."""
+    """Make a dataclass of a dictionary, checking names, types and ranges; `where` opens its error lines."""
     known = {f.name: f for f in fields(section)}
-    for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise InputError(f"{where}{key} is not a setting; did you mean {nearest}?")
+    for name in values.keys() ^ known:
+        if name in known:
+            raise InputError(f"{where}{name} is missing; add it, see configs/mnist.toml")
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
+        raise InputError(f"{where}{name} is not a setting; did you mean {nearest}?")
     settings = {}
     for name, setting in known.items():
-        if name not in values:
-            raise InputError(f"{where}{name} is missing; add it, see configs/mnist.toml")
         value, kind = values[name], setting.type
-        if is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise InputError(f"{where}{name} is {value!r}: it must be a section, [{name}]")
+        if is_dataclass(kind) and isinstance(value, dict):
             settings[name] = parse_section(kind, value, f"{where}{name}.")
             continue
         if kind is float and type(value) is int:
@@ -186,16 +202,125 @@ def parse_section(section: type, values: dict, where: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The machine: device, precision, ranks
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, else cuda, else mps, else cpu; with several ranks on GPUs, each has one of its own.
+
+    Raises InputError where it isn't there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cuda", "mps", "cpu"):
+        raise InputError(f"device {name} is not one of cuda, mps and cpu; leave out --device to use what is there")
+    if RANKS > 1 and kind == "mps":
+        raise InputError(f"device {name} with {RANKS} ranks: there is one Apple GPU; give --device cpu")
+    if RANKS > 1 and kind == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > (gpus := torch.cuda.device_count()):
+            raise InputError(f"there are more ranks than GPUs, {gpus}; give --nproc_per_node={gpus}, or --device cpu")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name} is not there ({reason}); leave out --device to use what is") from None
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """What autocast uses for the network: with "auto" the fastest type that the machine computes natively."""
+    if name == "float16" and device.type == "cpu":
+        raise InputError('training.precision is "float16" on a CPU, which only emulates it; give "auto"')
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":  # bfloat16 is native since Ampere; a T4 only emulates it
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    cpuinfo = Path("/proc/cpuinfo")  # AMX or AVX512-BF16; Linux tells
+    native = device.type == "cpu" and cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
+    return torch.bfloat16 if native else torch.float32
+
+
+def choose_autocast(precision: torch.dtype, device: torch.device) -> Callable:
+    """The context that a network runs in."""
+    return nullcontext if precision == torch.float32 else functools.partial(torch.autocast, device.type, precision)
+
+
+def choose_layout(features: int, device: torch.device) -> torch.memory_format:
+    """Channels last for wide networks and GPUs' matrix units; measured on CPUs: narrow ones train faster without."""
+    return torch.channels_last if features >= 64 or device.type == "cuda" else torch.contiguous_format
+
+
+def compile_networks(networks: list[nn.Module], wanted: bool | None, device: torch.device) -> None:
+    """torch.compile each network in place, by default on GPUs with Triton; says so in one line where it can't work."""
+    missing = device.type == "cuda" and find_spec("triton") is None
+    if wanted is None:
+        wanted = device.type == "cuda" and not missing
+    if not wanted:
+        return
+    try:
+        if missing:
+            raise ImportError("Triton is not installed")
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))  # fails where the compiler is missing
+    except Exception as error:
+        reason = str(error) if missing else type(error).__name__
+        print(f"torch.compile doesn't work here ({reason}); going on without it", file=sys.stderr)
+        torch._dynamo.reset()
+        return
+    for network in networks:
+        network.compile(dynamic=False)  # batches of training and of drawing keep their sizes
+
+
+def join_ranks(device: torch.device) -> None:
+    """From here on the ranks of torchrun can exchange tensors."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of every rank's value, on all of them; with one rank the value itself."""
+    if RANKS > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Data sets: all of them become uint8 [N, C, S, S], which is small enough to lie in the device's memory as a whole
 
 
-def load_images(dataset: str, data_dir: str | Path, train: bool, image_size: int, channels: int) -> Tensor:
-    """The images of `load_data_set`, without labels."""
-    return load_data_set(dataset, data_dir, train, image_size, channels)[0]
+def load_data(config: DataConfig, data_dir: str | Path) -> tuple[str, tuple, tuple]:
+    """The name of the data set, its training and its test set as `load_data_set` gives them.
+
+    Where it can't be had, that is the config's fallback. With several ranks the first one loads, which may download and
+    unpack, while the others wait.
+    """
+    if RANK > 0:
+        wait_for_first_rank()
+    name, options = config.dataset, (data_dir, config.image_size, config.channels)
+    try:
+        sets = [load_data_set(name, train, *options) for train in (True, False)]
+    except DatasetUnavailable as error:
+        if not config.fallback:
+            raise
+        name, line = config.fallback, "!" * 100
+        print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN {name.upper()} INSTEAD.\n{line}", file=sys.stderr)
+        sets = [load_data_set(name, train, *options) for train in (True, False)]
+    if RANK == 0 and RANKS > 1:
+        dist.barrier()
+    return name, *sets
+
+
+def wait_for_first_rank() -> None:
+    try:
+        dist.barrier()  # NCCL's init_process_group doesn't wait
+    except RuntimeError:
+        raise InputError("the first rank has failed; its own line says why") from None
 
 
 def load_data_set(
-    dataset: str, data_dir: str | Path, train: bool, image_size: int, channels: int
+    dataset: str, train: bool, data_dir: str | Path, image_size: int, channels: int
 ) -> tuple[Tensor, Tensor | None]:
     """A data set's training or test images, uint8 [N, channels, image_size, image_size] in 0…255, and their labels.
 
@@ -212,26 +337,21 @@ def load_data_set(
         is_test = torch.arange(len(images)) % 10 == 0
         images = images[is_test != train] if len(images) > 1 else images
     else:
-        images, labels = load_torchvision(dataset, Path(data_dir), train)
+        images, labels = load_torchvision(dataset, train, Path(data_dir))
         images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
     if channels == 1 and images.shape[1] == 3:
         images = torch.cat([TF.rgb_to_grayscale(part.float()).round().byte() for part in images.split(1000)])
     return images.expand(-1, channels, -1, -1).contiguous(), labels
 
 
-def load_torchvision(dataset: str, data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """uint8 [N, C, H, W] of MNIST, Fashion-MNIST or CIFAR-10 in their own size, int64 [N]; errors as `load_images`."""
+def load_torchvision(dataset: str, train: bool, data_dir: Path) -> tuple[Tensor, Tensor]:
+    """uint8 [N, C, H, W] of MNIST, Fashion-MNIST or CIFAR-10, int64 [N]; errors as `load_data_set`."""
     names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
     kind = getattr(torchvision.datasets, names[dataset])
     if dataset == "cifar10":
         folder, archives = data_dir, [(kind.filename, kind.tgz_md5)]
     else:
         folder, archives = data_dir / names[dataset] / "raw", kind.resources
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"{error.strerror}; give another --data_dir"
-        raise InputError(f"data folder {folder} can't be written: {reason}") from None
     for name, md5 in archives:
         if (folder / name).exists() and not check_integrity(folder / name, md5):
             raise InputError(f"{folder / name} is damaged (its MD5 is not {md5}); delete or replace it")
@@ -244,12 +364,11 @@ def load_torchvision(dataset: str, data_dir: Path, train: bool) -> tuple[Tensor,
         socket.setdefaulttimeout(30)  # seconds: a server that doesn't answer must not hang the lesson
         try:
             data = kind(data_dir, train=train, download=True)
-        except PermissionError as error:
-            reason = f"{error.strerror}; copy it to a folder of your own for --data_dir"
-            raise InputError(f"{dataset} can't be unpacked into {folder}: {reason}") from None
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            reason = f"{error.strerror}; copy what is there to a folder of your own for --data_dir"
+            raise InputError(f"{folder} can't be written: {reason}") from None
         except (RuntimeError, OSError, HTTPException) as error:
-            files = ", ".join(name for name, _ in archives)
-            reason = " ".join(str(error).split())
+            files, reason = ", ".join(name for name, _ in archives), " ".join(str(error).split())
             raise DatasetUnavailable(
                 f"{dataset} could not be downloaded ({reason}); put {files} into {folder.resolve()}"
             ) from None
@@ -262,19 +381,31 @@ def load_torchvision(dataset: str, data_dir: Path, train: bool) -> tuple[Tensor,
 def load_folder(folder: Path, image_size: int) -> Tensor:
     """All images below a folder, centre-cropped to squares and resized: uint8 [N, 3, image_size, image_size].
 
-    Files that can't be read are named on stderr and left out. Raises InputError where no image remains.
+    They are turned as their EXIF data says; grey levels of more than 8 bits are scaled to 0…255. Files that can't be
+    read are named on stderr and left out, and small ones are counted. Raises InputError where no image remains.
     """
-    images = []
+    images, small = [], []
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS):
         try:
-            image = TF.pil_to_tensor(default_loader(str(path)))  # [3, height, width]
+            picture = ImageOps.exif_transpose(Image.open(path))
+            if picture.mode[0] in "IF":  # one grey level a pixel, of 16 or 32 bits: white is what the type suggests
+                grey = torch.from_numpy(np.asarray(picture).astype(np.float32))  # [height, width]
+                whites = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
+                white = next((white for white in whites if grey.max() <= white), grey.max())
+                image = (255 * grey / white).round().clamp(0, 255).byte().expand(3, -1, -1)
+            else:
+                image = TF.pil_to_tensor(picture.convert("RGB"))  # [3, height, width]
         except Exception as error:  # a damaged picture can raise almost anything
             print(f"skipping {path}: {error}", file=sys.stderr)
             continue
-        square = TF.center_crop(image, min(image.shape[1:]))
-        images.append(TF.resize(square, [image_size, image_size], antialias=True))
+        side = min(image.shape[1:])
+        small += [path] * (side < image_size)
+        images.append(TF.resize(TF.center_crop(image, side), [image_size, image_size], antialias=True))
     if not images:
         raise InputError(f"no readable image ({', '.join(IMG_EXTENSIONS)}) below {folder}; give another --data_dir")
+    if small:
+        names = ", ".join(str(path) for path in small[:3]) + (", …" if len(small) > 3 else "")
+        print(f"{len(small)} smaller than {image_size}×{image_size}, enlarged: {names}", file=sys.stderr)
     return torch.stack(images)
 
 
@@ -292,84 +423,54 @@ STROKES = [
     ("61 40 22 44 67 49 27 44 62 61", "40 22 44 62 40|44 16 18 49 68 66 44", "70 40 21 34 56 58 39 18 26 44 62 70"),
     ("61 40 12 24 44 62 61 61 64 59", "62 40 12 24 44 62 61 61 65 48 29", "61 30 12 24 53 71 54 39"),
 ]
-DOTS = 96  # a digit is drawn as so many round dots, which lie closer together than the pen is wide
-WAVES = 3  # and bent by so many random waves
-# What differs from image to image, each evenly spread between two limits. Lengths are fractions of the image side.
-JITTER = {
-    "label": (0, 10), "style": (0, 3),
-    "width": (0.65, 1.15), "slant": (-0.1, 0.5), "turn": (-0.15, 0.15),
-    "size": (0.53, 0.61), "right": (-0.02, 0.02), "down": (-0.02, 0.02),
-    "pen": (0.032, 0.064), "edge": (1.0, 1.6), "ink": (0.85, 1.0),  # radius, blur in pixels, brightness
-    "hue": (0, 1), "ground": (0.25, 0.5), "second": (0.5, 0.75), "light": (0.1, 0.35), "sun": (0, 2 * math.pi),
-}  # fmt: skip
+GLYPH = 64  # pixels on a side of the glyphs that all drawn digits are bent from
+PENS = (4, 5, 7)  # of these widths
 
 
-def trace(strokes: str) -> Tensor:
-    """Lay dots at equal distances along the strokes: float [DOTS, 2], (x, y) in about 0..1."""
-    points = [torch.tensor([[int(x), int(y)] for x, y in stroke.split()]) / 9 for stroke in strokes.split("|")]
-    curves = [F.interpolate(p[None, None], (50 * len(p), 2), mode="bicubic", align_corners=True) for p in points]
-    curve = torch.cat(curves, dim=2)[0, 0]  # [many, 2], smooth
-    step = curve.diff(dim=0).norm(dim=1)
-    length = step.where(step < 0.05, 0).cumsum(0)  # a jump of the lifted pen leaves no ink
-    return curve[torch.searchsorted(length, torch.linspace(0, length[-1].item(), DOTS))]
-
-
-def colour(hue: Tensor) -> Tensor:
-    """The fully saturated colour of a hue that goes round once from 0 to 1: [B, 1, 1] -> [B, 3, 1, 1]."""
-    return (((hue[:, None] + torch.tensor([0, 2, 1]).view(3, 1, 1) / 3) % 1 * 6 - 3).abs() - 1).clamp(0, 1)
-
-
-def render(uniform: Tensor, traces: Tensor, image_size: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Draw one image for each row of random numbers, float [B, P] in 0..1."""
-    columns = uniform[:, :, None, None].unbind(1)  # each [B, 1, 1]
-    jitter = {name: low + (high - low) * u for (name, (low, high)), u in zip(JITTER.items(), columns)}
-    labels, styles = jitter["label"].long().flatten(), jitter["style"].long().flatten()
-    x, y = traces[labels, styles].mT.split(1, dim=1)  # [B, 1, DOTS] each
-    # A smooth bend moves neighbouring dots alike, so strokes that meet still meet.
-    waves = 2 * uniform[:, len(JITTER) :].view(-1, 5, WAVES, 1) - 1
-    push_x, push_y, along_x, along_y, phase = waves.unbind(1)  # [B, WAVES, 1] each
-    bend = 0.06 * torch.sin(math.pi * (1.7 * along_x * x + 1.7 * along_y * y + phase))  # [B, WAVES, DOTS]
-    x, y = x + (push_x * bend).sum(1, keepdim=True), y + (push_y * bend).sum(1, keepdim=True)
-    x = jitter["width"] * x - jitter["slant"] * y
-    cos, sin = jitter["turn"].cos(), jitter["turn"].sin()
-    x, y = cos * x - sin * y, sin * x + cos * y
-
-    # As in MNIST, the digit fits into a box and its centre of mass lies in the middle of the image.
-    extent = torch.maximum(x.amax(2, True) - x.amin(2, True), y.amax(2, True) - y.amin(2, True))  # [B, 1, 1]
-    x = (x - x.mean(2, True)) / extent * jitter["size"] + 0.5 + jitter["right"]
-    y = (y - y.mean(2, True)) / extent * jitter["size"] + 0.5 + jitter["down"]
-
-    # The ink of a pixel depends on its distance to the nearest dot; dot by dot needs little memory.
-    pixel = (torch.arange(image_size) + 0.5) / image_size
-    across, down = (pixel - x.mT).square(), (pixel - y.mT).square()  # [B, DOTS, S] each
-    nearest = torch.full((len(uniform), image_size, image_size), math.inf)
-    for dot in range(DOTS):
-        nearest = torch.minimum(nearest, across[:, dot, None, :] + down[:, dot, :, None])
-    ink = (jitter["pen"] - nearest.sqrt()) * image_size / jitter["edge"] + 0.5  # [B, S, S]
-    images = (ink.clamp(0, 1) * jitter["ink"])[:, None]  # [B, 1, S, S]
-
-    if channels == 3:  # a bright pen on a dark ground that fades from one colour to another
-        hue, light = jitter["hue"], jitter["light"][:, None]
-        first, second = light * colour(hue + jitter["ground"]), light * colour(hue + jitter["second"])
-        fade = jitter["sun"].cos() * (pixel - 0.5) + jitter["sun"].sin() * (pixel[:, None] - 0.5)  # [B, S, S]
-        ground = first + (second - first) * (0.5 + 0.7 * fade[:, None])
-        images = ground + images * (0.25 + 0.75 * colour(hue) - ground)  # [B, 3, S, S]
-    return (images * 255).round().to(torch.uint8), labels
+def draw_glyph(strokes: str, pen: int) -> Tensor:
+    """Strokes as white ink on black: float [1, GLYPH, GLYPH] in 0…1, the digit in the middle two thirds."""
+    picture = Image.new("L", (GLYPH, GLYPH))
+    for stroke in strokes.split("|"):
+        points = torch.tensor([[int(x), int(y)] for x, y in stroke.split()]) / 9  # [points, 2]
+        curve = F.interpolate(points[None, None], (50 * len(points), 2), mode="bicubic", align_corners=True)[0, 0]
+        curve = GLYPH * ((curve - torch.tensor([0.44, 0.5])) * 2 / 3 + 0.5)
+        ImageDraw.Draw(picture).line([tuple(point) for point in curve.tolist()], 255, pen, joint="curve")
+        for x, y in curve[[0, -1]].tolist():  # round ends
+            ImageDraw.Draw(picture).ellipse([x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2], 255)
+    return TF.gaussian_blur(TF.to_tensor(picture), 5)
 
 
 def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Draw digits that look handwritten, for when MNIST can't be downloaded (our own drawing, no data needed).
 
-    Returns images, uint8 [N, channels, image_size, image_size] in 0..255, and labels, int64 [N] in 0..9. One channel
+    Returns images, uint8 [N, channels, image_size, image_size] in 0…255, and labels, int64 [N] in 0…9. One channel
     is a white pen on black; three are a coloured pen on a dark coloured ground. Image i depends on the seed, the
     size, the channels and i only; its shape and label don't depend on the channels.
     """
+    glyphs = torch.stack([draw_glyph(style, pen) for styles in STROKES for style in styles for pen in PENS])
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(num_images, len(JITTER) + 5 * WAVES, generator=generator)  # row i belongs to image i
-    traces = torch.stack([trace(style) for styles in STROKES for style in styles]).view(10, 3, DOTS, 2)
-    chunks = uniform.split(max(1, 2**17 // image_size**2))  # few at a time stay in the cache
-    images, labels = zip(*(render(chunk, traces, image_size, channels) for chunk in chunks))
-    return torch.cat(images), torch.cat(labels)
+    uniform = torch.rand(num_images, 8 + 18 + 6, generator=generator)  # row i belongs to image i
+    images = []
+    for u in uniform.split(1000):
+        size, width, slant, turn, right, down = (2 * u[:, 1:7] - 1).T  # -1…1, [B] each
+        # Where each pixel of the image is found in the glyph: turned, slanted and scaled, then bent smoothly.
+        size, turn = 1.0 + 0.06 * size, 0.15 * turn
+        cos, sin = size * turn.cos(), size * turn.sin()
+        x_axis = torch.stack([cos * (1.2 + 0.3 * width), sin + cos * (0.25 + 0.3 * slant), 0.04 * right], dim=1)
+        y_axis = torch.stack([-sin, cos, 0.04 * down], dim=1)
+        theta = torch.stack([x_axis, y_axis], dim=1)  # [B, 2, 3]
+        grid = F.affine_grid(theta, [len(u), 1, image_size, image_size], align_corners=False)
+        bend = (0.3 * u[:, 8:26] - 0.15).view(-1, 2, 3, 3)
+        grid = grid + F.interpolate(bend, grid.shape[1:3], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+        chosen = (u[:, 0] * len(glyphs)).long()  # a label, a style and a pen
+        ink = F.grid_sample(glyphs[chosen], grid, align_corners=False)  # [B, 1, S, S]
+        ink = ink * (0.85 + 0.15 * u[:, 7, None, None, None])
+        if channels == 3:  # a bright pen on a dark ground
+            pen, ground = u[:, 26:29, None, None], 0.35 * u[:, 29:32, None, None]
+            ink = ground + ink * (0.4 + 0.6 * pen / pen.amax(1, keepdim=True) - ground)
+        images.append((255 * ink).round().byte())
+    labels = (uniform[:, 0] * len(glyphs)).long() // (len(glyphs) // 10)
+    return torch.cat(images), labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,6 +500,11 @@ def upsample(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bicubic")
 
 
+def enlarge_pixels(images: Tensor, size: int) -> Tensor:
+    """[B, C, h, w] at [B, C, size, size], each pixel a square: to show a low-resolution image as it is."""
+    return F.interpolate(images, (size, size), mode="nearest-exact")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files: written whole or not at all
 
@@ -423,18 +529,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def prepare_output(output_dir: Path, keep: bool) -> None:
-    """Make the output folder; what an earlier run left in it is moved to a folder of its own, unless `keep`."""
+    """Make the output folder; what an earlier training left in it is moved to a folder of its own, unless `keep`.
+
+    Raises InputError where nothing can be written there.
+    """
+    grids = [f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")]
+    names = ["checkpoint.pt", "log.csv", "refinement.gif", "results.*", "diversity.png", *grids]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / ".probe", bytes(4096))  # a full disk shows before anything is moved
         (output_dir / ".probe").unlink()
-        names = (
-            "checkpoint.pt",
-            "log.csv",
-            "results.*",
-            "diversity.png",
-            *(f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")),
-        )
         earlier = [path for name in names for path in output_dir.glob(name)]
         if earlier and not keep:
             folder = next(f for i in itertools.count(1) if not (f := output_dir / f"earlier-{i}").exists())
@@ -448,21 +552,42 @@ def prepare_output(output_dir: Path, keep: bool) -> None:
 
 
 def save_log(path: Path, columns: str, rows: list[list]) -> None:
-    """Write the log as CSV: a header, then the rows; numbers with six digits, what a row lacks stays empty."""
+    """Write the log as CSV: a header, then the rows; numbers with six digits, what a row lacks stays empty.
+
+    A file that can't be written, such as one that is open in a spreadsheet, is only warned of: the next row tries again.
+    """
     width = columns.count(",") + 1
     lines = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     lines = [",".join(line + [""] * (width - len(line))) for line in lines]
-    write_atomically(path, "\n".join([columns, *lines, ""]).encode())
+    try:
+        write_atomically(path, "\n".join([columns, *lines, ""]).encode())
+    except InputError as error:
+        print(f"\n{error}; going on", file=sys.stderr)
+
+
+def picture_of(images: Tensor, columns: int) -> Image.Image:
+    """[N, C, H, W] in [0, 1] as one picture with so many images in a row."""
+    grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
+    return TF.to_pil_image((255 * grid).round().byte())  # rows · (H + 2) + 2 by columns · (W + 2) + 2 pixels
 
 
 def save_grid(path: Path, images: Tensor, columns: int, description: str) -> None:
     """Write [N, C, H, W] in [0, 1] as a PNG with so many images in a row; `description` goes into its EXIF data."""
-    grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
-    picture = TF.to_pil_image((255 * grid).round().byte())  # [3, rows · (H + 2) + 2, columns · (W + 2) + 2]
+    picture, buffer = picture_of(images, columns), io.BytesIO()
     exif = picture.getexif()
     exif[0x010E] = description  # ImageDescription
-    buffer = io.BytesIO()
     picture.save(buffer, format="png", exif=exif)
+    write_atomically(path, buffer.getvalue())
+
+
+def save_animation(path: Path, frames: list[Tensor], columns: int) -> None:
+    """Write grids, each [N, C, H, W] in [0, 1], as a GIF of twice the size that loops and pauses at its end."""
+    pictures = [picture_of(frame, columns) for frame in frames]
+    if frames[0].shape[1] == 1:
+        pictures = [picture.convert("L") for picture in pictures]  # exact; colours become a palette
+    first, *others = [picture.resize((2 * picture.width, 2 * picture.height), 0) for picture in pictures]
+    buffer, milliseconds = io.BytesIO(), [120] * len(others) + [3000]
+    first.save(buffer, format="gif", save_all=True, append_images=others, duration=milliseconds, loop=0)
     write_atomically(path, buffer.getvalue())
 
 
@@ -472,32 +597,40 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """The dictionary that `save_checkpoint` wrote, on the CPU. Raises InputError where it is missing or damaged."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no checkpoint {path}; give the path of one, or to resume, its --output_dir")
+WEIGHTS = {"config": dict, "dataset": str, "step": int, "ema": dict}  # what drawing needs of a checkpoint
+TRAINING = WEIGHTS | {"log": list, "model": dict, "optimizer": dict, "scaler": dict}  # and what resuming needs
+
+
+def load_checkpoint(path: str | Path, parts: dict[str, type] = WEIGHTS) -> dict:
+    """What `save_checkpoint` wrote, on the CPU. Raises InputError where it can't be read or a part is missing."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "dataset", "step", "log", "model", "ema", "optimizer", "scaler"} - set(checkpoint)
-        if missing:
-            raise KeyError(*missing)
+    except FileNotFoundError:
+        raise InputError(
+            f"there is no checkpoint {path}; give the path of one, or to resume, its --output_dir"
+        ) from None
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        reason = f"is no checkpoint of this lesson, or is cut off ({type(error).__name__}); delete it"
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise InputError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+        reason = f"is no checkpoint of this lesson, or is cut off ({type(error).__name__}); give another"
         raise InputError(f"{path} {reason}") from None
+    for name, kind in parts.items():
+        found = checkpoint.get(name) if isinstance(checkpoint, dict) else None
+        if not isinstance(found, kind):
+            reason = f"{name} is {str(found)[:40]}, not of type {kind.__name__}; give another"
+            raise InputError(f"{path} is no checkpoint of this lesson: {reason}")
     return checkpoint
 
 
-def check_same_run(checkpoint: dict, config: Config, dataset: str) -> None:
+def check_same_run(checkpoint: dict, config: Config, dataset: str, path: Path) -> None:
     """Raises InputError where a checkpoint is of another data set or method, or has another network or diffusion."""
     if checkpoint["dataset"] != dataset:
         reason = f"this run would use {dataset}; set data.dataset to what it was, or leave out --resume"
         raise InputError(f"the checkpoint is of a run on {checkpoint['dataset']}, {reason}")
-    old, new = checkpoint["config"], asdict(config)
-    if old.get("method") != config.method:
-        raise InputError(
-            f"method is {config.method}, in the checkpoint it is {old.get('method')}; to resume, set it back"
-        )
-    for section, key in [(s, key) for s in ("data", "model", "diffusion") for key in new[s]]:
-        before, now = old[section].get(key), new[section][key]
-        if before != now and key not in ("dataset", "fallback"):
-            raise InputError(f"{section}.{key} is {now}, in the checkpoint it is {before}; to resume, set it back")
+    old, new = asdict(parse_config(checkpoint["config"], path)), asdict(config)
+    changed = [("method", old["method"], new["method"])]
+    for section in ("data", "model", "diffusion"):
+        changed += [(f"{section}.{key}", old[section][key], new[section][key]) for key in new[section]]
+    for name, before, now in changed:
+        if before != now and name not in ("data.dataset", "data.fallback"):
+            raise InputError(f"{name} is {now}, in the checkpoint it is {before}; to resume, set it back")

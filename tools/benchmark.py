@@ -1,4 +1,4 @@
-"""How fast the lesson is on this machine: `python tests/benchmark.py --config_path configs/mnist.toml`.
+"""How fast the lesson is on this machine: `python tools/benchmark.py --config_path configs/mnist.toml`.
 
 Prints one table. Its first row is the plain form of the same network (float32, contiguous, not compiled, Adam not
 fused), the second what train_mnist.py does by itself on a CPU, the third what it does on a GPU, compiled; each runs in
@@ -7,19 +7,17 @@ its own process. A training step here is loss, gradients, clipping and Adam, wit
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils  # before torch: it says what an Apple GPU may leave to the CPU
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_mnist
-from utils import downsample, load_config, upsample
+from sr3 import build_model
 
 
 def seconds(function, device: torch.device, repeats: int) -> float:
@@ -38,20 +36,29 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def peak_memory() -> float:
+    """The most memory that this process had, in bytes; unknown on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def measure(flags: argparse.Namespace, form: str) -> dict[str, float]:
-    config = load_config(flags.config_path, batch_size=flags.batch_size)
-    device = train_mnist.choose_device(flags.device)
+    config = utils.load_config(flags.config_path, batch_size=flags.batch_size)
+    device = utils.choose_device(flags.device)
     plain = form == "plain float32"
-    precision = torch.float32 if plain else train_mnist.choose_precision(config.training.precision, device)
-    layout = torch.contiguous_format if plain else train_mnist.choose_layout(config, device)
-    autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
-    model = train_mnist.build_model(config).to(device, memory_format=layout)
+    precision = torch.float32 if plain else utils.choose_precision(config.training.precision, device)
+    layout = torch.contiguous_format if plain else utils.choose_layout(config.model.features, device)
+    autocast = utils.choose_autocast(precision, device)
+    model = build_model(config).to(device, memory_format=layout)
     optimizer = torch.optim.Adam(model.parameters(), fused=not plain, foreach=False if plain else None)
     batch_size, size = config.training.batch_size, config.data.image_size
     high_res = torch.rand(batch_size, config.data.channels, size, size, device=device) * 2 - 1
 
     def training_step():
-        context = upsample(downsample(high_res, config.data.low_res_size), size)
+        context = utils.upsample(utils.downsample(high_res, config.data.low_res_size), size)
         with autocast():
             loss = model(high_res, context)
         loss.backward()
@@ -70,13 +77,13 @@ def measure(flags: argparse.Namespace, form: str) -> dict[str, float]:
             function()
         flops.append(counter.get_total_flops())
     if "compiled" in form:
-        train_mnist.compile_networks([model.unet], True, device)
+        utils.compile_networks([model.unet], True, device)
     side = 8192 if device.type == "cuda" else 2048
     matrix = torch.rand(side, side, device=device, dtype=precision)
     peak = 2 * side**3 / seconds(lambda: matrix @ matrix, device, 10)  # FLOP/s
     training, sampling = (seconds(function, device, flags.repeats) for function in (training_step, forward))
     gpu = device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_allocated() if gpu else peak_memory()
     return {
         "training": batch_size / training,
         "sampling": batch_size / sampling / config.sampling.steps,
@@ -89,7 +96,7 @@ def measure(flags: argparse.Namespace, form: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", default=train_mnist.HERE / "configs/mnist.toml")
+    parser.add_argument("--config_path", default=utils.HERE / "configs/mnist.toml")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--device")
     parser.add_argument("--repeats", type=int, default=5)
@@ -108,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main)

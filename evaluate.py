@@ -1,0 +1,218 @@
+"""Judges trained models by test images (the paper's section 4): `python evaluate.py CHECKPOINT…`
+
+    python evaluate.py output/reference/sr3-8x.pt output/reference/regression-8x.pt
+    python evaluate.py output/checkpoint.pt --num_images 200
+
+Takes checkpoints of one data set, of SR3 and of the regression, in any order. Prints the table, and writes it with a
+picture of different samples for the same input to --output_dir: results.md, results.json, diversity.png.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import utils  # before torch: it says what an Apple GPU may leave to the CPU
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+import metrics
+from sr3 import SR3, Regression, load_model
+from utils import HERE, Config, InputError, fail, to_unit
+
+BATCH = 64  # images drawn at a time
+COLUMNS = {  # heading, factor, digits
+    "psnr": ("PSNR ↑", 1, 2),
+    "ssim": ("SSIM ↑", 1, 3),
+    "consistency": ("consistency ↓", 1, 1),
+    "accuracy": ("accuracy ↑", 100, 1),
+    "fool_rate": ("fool rate → 50 %", 100, 1),
+    "spread_over_error": ("spread / error → 1", 1, 2),
+}
+
+
+def load_models(paths: list[str], device: torch.device) -> tuple[dict[str, SR3 | Regression], dict[str, dict]]:
+    """The models and their checkpoints, both by the name of their row; regressions come first.
+
+    Raises InputError where the checkpoints are of different data.
+    """
+    models, checkpoints = {}, {}
+    for path in paths:
+        model, checkpoint = load_model(path, device), utils.load_checkpoint(path)
+        name = "SR3" if isinstance(model, SR3) else "regression"
+        name += f" ({path})" * (name in models)  # another one of its kind
+        models[name], checkpoints[name] = model, checkpoint
+        data = [(c["dataset"], c["config"]["data"] | {"dataset": "", "fallback": ""}) for c in checkpoints.values()]
+        if data[0] != data[-1]:
+            raise InputError(f"{path} is of {data[-1]}, {paths[0]} of {data[0]}: give checkpoints of the same data")
+    order = sorted(models, key=lambda name: name.startswith("SR3"))
+    return {name: models[name] for name in order}, {name: checkpoints[name] for name in order}
+
+
+def draw(model: SR3 | Regression, context: Tensor, config: Config, name: str, seed: int = 0) -> Tensor:
+    """Super-resolve x [N, C, H, W] in batches; in [0, 1], rounded to 8 bits as a picture file has them."""
+    generator = torch.Generator(context.device).manual_seed(seed)
+    options = {"variance": config.sampling.variance, "generator": generator}
+    precision = utils.choose_precision(config.training.precision, context.device)
+    images = []
+    with utils.choose_autocast(precision, context.device)():
+        for part in tqdm(context.split(BATCH), desc=name, unit="batch", dynamic_ncols=True, leave=False):
+            images.append(model.sample(part, config.sampling.steps, **options))
+    return (255 * to_unit(torch.cat(images))).round() / 255
+
+
+def summarize(values: Tensor, rate: bool = False) -> dict[str, float]:
+    """The mean of values [N], one per image, and its standard error; of a rate also Wilson's 95 % interval."""
+    n, values = len(values), values.cpu().double()
+    mean, z = values.mean().item(), 1.96
+    summary = {"mean": mean, "standard_error": values.std().item() / math.sqrt(n)}
+    if rate:
+        middle, width = mean + z**2 / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
+        summary |= {"low": (middle - width) / (1 + z**2 / n), "high": (middle + width) / (1 + z**2 / n)}
+    return summary
+
+
+def summarize_ratio(values: Tensor, others: Tensor) -> dict[str, float]:
+    """The ratio of two means over the same images, and its standard error to first order."""
+    values, others = values.cpu().double(), others.cpu().double()
+    ratio = values.mean() / others.mean()
+    return summarize((values - ratio * others) / others.mean()) | {"mean": ratio.item()}
+
+
+def score(images: Tensor, given: dict[str, Tensor], classifier: torch.nn.Module | None) -> dict[str, dict | None]:
+    """All metrics of images [N, C, H, W] in [0, 1]: mean and standard error, or None where there is none.
+
+    `given` has "reference", "low_res", "context", all in [0, 1], and "labels". PSNR is that of the mean squared error,
+    so that one equal image doesn't make it infinite. Fewer than 50 images teach the fool rate's judge nothing.
+    """
+    error = summarize(metrics.squared_difference(images, given["reference"]))
+    decibel = 10 / math.log(10) * error["standard_error"] / error["mean"] if error["mean"] else 0.0
+    psnr = {"mean": -10 * math.log10(error["mean"]) if error["mean"] else "inf", "standard_error": decibel}
+    ssim = torch.cat([metrics.ssim(*pair) for pair in zip(images.split(100), given["reference"].split(100))])
+    judged = metrics.fool_rate(images, given["reference"], given["context"]) if len(images) >= 50 else None
+    return {
+        "psnr": psnr,
+        "ssim": summarize(ssim),
+        "consistency": summarize(metrics.consistency(images, given["low_res"])),
+        "accuracy": summarize(metrics.accuracy(images, given["labels"], classifier)) if classifier else None,
+        "fool_rate": None if judged is None else summarize(judged, rate=True),
+        "spread_over_error": None,
+    }
+
+
+def format_table(rows: dict[str, dict]) -> str:
+    """The table in Markdown: of each row its "training_steps" and what `score` says."""
+    lines = [["method", "steps", *(heading for heading, _, _ in COLUMNS.values())], ["---"] * (2 + len(COLUMNS))]
+    for name, row in rows.items():
+        steps = f"{row['training_steps']:,}" if row["training_steps"] else "–"
+        lines.append([name, steps, *(format_cell(row[key], *form) for key, (_, *form) in COLUMNS.items())])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def format_cell(summary: dict | None, factor: int, digits: int) -> str:
+    """The mean ± its standard error, or a rate with its interval; in per cent with factor 100."""
+    if summary is None:
+        return "–"
+    if summary["mean"] == "inf":
+        return "∞"
+    numbers = {key: f"{factor * number:.{digits}f}" for key, number in summary.items()}
+    if "low" in numbers:
+        return "{mean} % ({low} to {high})".format_map(numbers)
+    return "{mean} ± {standard_error}".format_map(numbers) + " %" * (factor == 100)
+
+
+def evaluate(flags: argparse.Namespace) -> None:
+    device = utils.choose_device(flags.device)
+    models, checkpoints = load_models(flags.checkpoints, device)
+    configs = {name: utils.parse_config(c["config"], c["path"]) for name, c in checkpoints.items()}
+    dataset, data = next(iter(checkpoints.values()))["dataset"], next(iter(configs.values())).data
+    output_dir = Path(flags.output_dir)
+    options = flags.data_dir, data.image_size, data.channels
+    (train_images, train_labels), (test_images, test_labels) = (
+        utils.load_data_set(dataset, train, *options) for train in (True, False)
+    )
+    utils.prepare_output(output_dir, keep=True)
+
+    chosen = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(0))[: flags.num_images]
+    high_res = utils.to_float(test_images[chosen].to(device))  # [N, C, H, W], the same images in every run
+    low_res = utils.downsample(high_res, data.low_res_size)
+    context = utils.upsample(low_res, data.image_size)
+    given = {"reference": to_unit(high_res), "low_res": to_unit(low_res), "context": to_unit(context)}
+    classifier = None
+    if train_labels is not None:
+        classifier = metrics.train_classifier(train_images.to(device), train_labels.to(device))
+        given["labels"] = test_labels[chosen].to(device)
+
+    rows = {"reference": score(given["reference"], given, classifier)}
+    bicubic = (255 * given["context"]).round() / 255
+    rows["bicubic"] = score(bicubic, given, classifier)
+    for name, model in models.items():
+        images = draw(model, context, configs[name], name)
+        rows[name] = score(images, given, classifier)
+        error = metrics.squared_difference(images, given["reference"])
+        again = draw(model, context, configs[name], f"{name} again", seed=1) if isinstance(model, SR3) else images
+        rows[name]["spread_over_error"] = summarize_ratio(metrics.squared_difference(images, again), error)
+        if isinstance(model, SR3):
+            rows[f"{name}, mean of 2 samples"] = score((images + again) / 2, given, classifier)
+    for name, row in rows.items():
+        row["training_steps"] = checkpoints.get(name.removesuffix(", mean of 2 samples"), {"step": None})["step"]
+
+    table = format_table(rows)
+    judges = "; the fool rate's judges learned from half of them" if len(chosen) >= 50 else ""
+    sizes = f"{data.low_res_size}×{data.low_res_size} -> {data.image_size}×{data.image_size}"
+    table += (
+        f"\n{len(chosen):,} test images of {dataset}, {sizes}; mean ± standard error, of the fool rate the 95 % interval; "
+        f"PSNR of the mean squared error{judges}.\n"
+    )
+    results = {"dataset": dataset, "num_images": len(chosen), "methods": rows}
+    results["configs"] = {name: asdict(config) for name, config in configs.items()}
+    utils.write_atomically(output_dir / "results.md", table.encode())
+    utils.write_atomically(output_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    save_diversity(output_dir, models, configs, test_images[:8].to(device), dataset)
+    print(table, end="")
+
+
+def save_diversity(output_dir: Path, models: dict, configs: dict, images: Tensor, dataset: str) -> None:
+    """diversity.png: for each of eight test images x, eight samples, their mean, the regression, the reference.
+
+    Only where there is an SR3; where there are several models of a kind, it shows the first.
+    """
+    sr3 = next((name for name, model in models.items() if isinstance(model, SR3)), None)
+    if sr3 is None:
+        return
+    data = configs[sr3].data
+    high_res = utils.to_float(images)
+    low_res = utils.downsample(high_res, data.low_res_size)
+    context = utils.upsample(low_res, data.image_size)
+    samples = draw(models[sr3], context.repeat_interleave(8, dim=0), configs[sr3], "diversity")
+    samples = rearrange(samples, "(b k) c h w -> b k c h w", k=8)
+    columns = [to_unit(utils.enlarge_pixels(low_res, data.image_size)), *samples.unbind(1), samples.mean(1)]
+    if "regression" in models:
+        columns.append(draw(models["regression"], context, configs["regression"], "regression"))
+    columns.append(to_unit(high_res))
+    grid = torch.stack(columns, dim=1).flatten(0, 1)
+    utils.save_grid(output_dir / "diversity.png", grid, len(columns), dataset)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    def script():
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.error = fail
+        parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of train_mnist.py, or shipped")
+        parser.add_argument("--num_images", type=int, default=1000, help="test images to judge by; default: 1000")
+        parser.add_argument("--data_dir", default=HERE / "data", help="where data sets are; default: data")
+        parser.add_argument("--output_dir", default=HERE / "output", help="where the table goes; default: output")
+        parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
+        flags = parser.parse_args(arguments)
+        if flags.num_images < 2:
+            raise InputError(f"--num_images is {flags.num_images}: give 2 or more")
+        evaluate(flags)
+
+    utils.run_script(script)
+
+
+if __name__ == "__main__":
+    main()
