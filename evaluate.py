@@ -1,10 +1,10 @@
 """Judges trained models by test images (the paper's section 4): `python evaluate.py CHECKPOINT…`
 
-    python evaluate.py output/reference/sr3-8x.pt output/reference/regression-8x.pt
+    python evaluate.py output/reference/8x/sr3.pt output/reference/8x/regression.pt --output_dir output/8x
     python evaluate.py output/checkpoint.pt --num_images 200
 
-Takes checkpoints of one data set, of SR3 and of the regression, in any order. Prints the table, and writes it with a
-picture of different samples for the same input to --output_dir: results.md, results.json, diversity.png.
+Takes checkpoints of one data set, of SR3 and of the regression, in any order. Prints the table, and writes it to
+--output_dir with two pictures of samples for the same input: results.md, results.json, comparison.png, diversity.png.
 """
 
 import argparse
@@ -164,21 +164,22 @@ def evaluate(flags: argparse.Namespace) -> None:
     judges = "; the fool rate's judges learned from half of them" if len(chosen) >= 50 else ""
     sizes = f"{data.low_res_size}×{data.low_res_size} -> {data.image_size}×{data.image_size}"
     table += (
-        f"\n{len(chosen):,} test images of {dataset}, {sizes}; mean ± standard error, of the fool rate the 95 % interval; "
-        f"PSNR of the mean squared error{judges}.\n"
+        f"\n{len(chosen):,} test images of {dataset}, {sizes}; mean ± standard error, of the fool rate the 95 % "
+        f"interval; PSNR of the mean squared error{judges}.\n"
     )
     results = {"dataset": dataset, "num_images": len(chosen), "methods": rows}
     results["configs"] = {name: asdict(config) for name, config in configs.items()}
     utils.write_atomically(output_dir / "results.md", table.encode())
     utils.write_atomically(output_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    save_diversity(output_dir, models, configs, test_images[:8].to(device), dataset)
+    save_samples(output_dir, models, configs, test_images[:8].to(device), dataset)
     print(table, end="")
 
 
-def save_diversity(output_dir: Path, models: dict, configs: dict, images: Tensor, dataset: str) -> None:
-    """diversity.png: for each of eight test images x, eight samples, their mean, the regression, the reference.
+def save_samples(output_dir: Path, models: dict, configs: dict, images: Tensor, dataset: str) -> None:
+    """Different samples of eight test images, where there is an SR3; of several models of a kind, the first.
 
-    Only where there is an SR3; where there are several models of a kind, it shows the first.
+    comparison.png: x, the regression's answer, four samples, the truth; each pixel a square of 3×3. diversity.png: x,
+    eight samples, their mean, the regression's answer, the truth.
     """
     sr3 = next((name for name, model in models.items() if isinstance(model, SR3)), None)
     if sr3 is None:
@@ -189,12 +190,14 @@ def save_diversity(output_dir: Path, models: dict, configs: dict, images: Tensor
     context = utils.upsample(low_res, data.image_size)
     samples = draw(models[sr3], context.repeat_interleave(8, dim=0), configs[sr3], "diversity")
     samples = rearrange(samples, "(b k) c h w -> b k c h w", k=8)
-    columns = [to_unit(utils.enlarge_pixels(low_res, data.image_size)), *samples.unbind(1), samples.mean(1)]
+    given, drawn = to_unit(utils.enlarge_pixels(low_res, data.image_size)), []
     if "regression" in models:
-        columns.append(draw(models["regression"], context, configs["regression"], "regression"))
-    columns.append(to_unit(high_res))
-    grid = torch.stack(columns, dim=1).flatten(0, 1)
-    utils.save_grid(output_dir / "diversity.png", grid, len(columns), dataset)
+        drawn.append(draw(models["regression"], context, configs["regression"], "regression"))
+    few = [given, *drawn, *samples.unbind(1)[:4], to_unit(high_res)]
+    all_of_them = [given, *samples.unbind(1), samples.mean(1), *drawn, to_unit(high_res)]
+    for name, columns, scale in (("comparison", few, 3), ("diversity", all_of_them, 2)):
+        grid = torch.stack(columns, dim=1).flatten(0, 1)
+        utils.save_grid(output_dir / f"{name}.png", grid, len(columns), dataset, scale)
 
 
 def main(arguments: list[str] | None = None) -> None:

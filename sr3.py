@@ -7,7 +7,6 @@ Algorithm 2). Images are [B, C, H, W] in [-1, 1]; the U-Net U is any module call
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -101,8 +100,7 @@ class SR3(nn.Module):
         y_t = randn() if y_T is None else y_T  # line 1
         for gamma_t, gamma_s in pairwise(gammas):  # line 2: from level t to the next lower noise level s
             alpha_t = gamma_t / gamma_s  # what t keeps of s: the α_t of a process that has only these levels
-            with eval_mode(self.unet):  # not around the loop: at a yield, the caller has the mode it left
-                noise = self.predict_noise(context, y_t, context.new_full((len(context),), gamma_t))
+            noise = self.predict_noise(context, y_t, context.new_full((len(context),), gamma_t))
             y_0 = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
             posterior = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)  # σ² of equation (4)
             sigma = (posterior if variance == "posterior" else 1 - alpha_t) ** 0.5
@@ -142,25 +140,12 @@ class Regression(nn.Module):
     @torch.no_grad()
     def refine(self, context: Tensor, steps: int = 1, **options) -> Iterator[tuple[float, Tensor, Tensor]]:
         """What SR3 does in many steps, in one: yields (1.0, ŷ_0, ŷ_0), whatever number is asked for."""
-        with eval_mode(self.unet):
-            y_0 = self.predict(context).clamp(-1, 1)
+        y_0 = self.predict(context).clamp(-1, 1)
         yield 1.0, y_0, y_0
 
     def sample(self, context: Tensor, steps: int = 1, **options) -> Tensor:
         """ŷ_0, [B, C, H, W] in [-1, 1]: the same for the same x, every time."""
         return next(self.refine(context))[-1]
-
-
-@contextmanager
-def eval_mode(module: nn.Module):
-    """Puts a module and all inside it in eval mode, and afterwards each of them back in the mode it was in."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def build_model(config: Config) -> SR3 | Regression:
@@ -177,7 +162,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Re
 
     Raises InputError for what is neither.
 
-    model = load_model("output/reference/sr3-8x.pt")
+    model = load_model("output/reference/8x/sr3.pt")
     images = model.sample(upsample(low_res, 32), steps=25)  # low_res: [B, 1, 4, 4] in [-1, 1]
     """
     checkpoint = load_checkpoint(path)

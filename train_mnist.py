@@ -114,7 +114,10 @@ def train(run: Run) -> None:
             logging = drawing or run.step % LOG_EVERY == 0
             if not logging and run.step % BAR_EVERY:
                 continue
-            loss = utils.sum_over_ranks(loss_sum).item() / RANKS / steps  # the mean since the last row
+            total = loss_sum.clone()
+            if RANKS > 1:
+                dist.all_reduce(total)  # the sum over all ranks
+            loss = total.item() / RANKS / steps  # the mean since the last row
             speed = steps * settings.batch_size / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, PSNR {shown_psnr}")
             if not logging:
@@ -270,7 +273,9 @@ def set_up(flags: argparse.Namespace) -> Run:
     if settings.batch_size % RANKS:
         raise InputError(f"training.batch_size is {settings.batch_size}: {RANKS} ranks don't divide it")
     if RANKS > 1:
-        utils.join_ranks(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     checkpoint = utils.load_checkpoint(output_dir / "checkpoint.pt", utils.TRAINING) if flags.resume else None
     dataset, (images, _), (test_images, _) = utils.load_data(config.data, flags.data_dir)
 
@@ -279,7 +284,7 @@ def set_up(flags: argparse.Namespace) -> Run:
     model = build_model(config).to(device, memory_format=utils.choose_layout(config.model.features, device))
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    autocast, ema = utils.choose_autocast(precision, device), deepcopy(model).requires_grad_(False)
+    autocast, ema = utils.choose_autocast(precision, device), deepcopy(model).eval().requires_grad_(False)
     images, grid_images = images.to(device), test_images[:GRID].to(device)
     state = {"model": model, "parallel": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     run = Run(config, device, autocast, dataset, images, grid_images, output_dir, **state, step=0, log=[])

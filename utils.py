@@ -1,6 +1,5 @@
 """What the lesson needs beside the method: settings, the machine, data sets, bicubic resampling, grids, safe files."""
 
-import difflib
 import functools
 import io
 import itertools
@@ -179,24 +178,22 @@ def parse_config(values: dict, source: str | Path) -> Config:
 def parse_section(section: type, values: dict, where: str):
     """Make a dataclass of a dictionary, checking names, types and ranges; `where` opens its error lines."""
     known = {f.name: f for f in fields(section)}
-    for name in values.keys() ^ known:
-        if name in known:
-            raise InputError(f"{where}{name} is missing; add it, see configs/mnist.toml")
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-        raise InputError(f"{where}{name} is not a setting; did you mean {nearest}?")
+    for name in [*values, *known]:
+        if name not in known or name not in values:
+            fault = "is missing" if name in known else "is not a setting"
+            raise InputError(f"{where}{name} {fault}; the settings here are {', '.join(known)}")
     settings = {}
-    for name, setting in known.items():
-        value, kind = values[name], setting.type
-        if is_dataclass(kind) and isinstance(value, dict):
-            settings[name] = parse_section(kind, value, f"{where}{name}.")
+    for name, value in values.items():
+        kind, check = known[name].type, known[name].metadata
+        if is_dataclass(kind):
+            settings[name] = parse_section(kind, value if isinstance(value, dict) else {}, f"{where}{name}.")
             continue
-        if kind is float and type(value) is int:
-            value = float(value)
-        items, item_kind = (value, int) if type(value) is list and kind == list[int] else ([value], kind)
-        if any(type(item) is not item_kind for item in items):
-            raise InputError(f"{where}{name} is {value!r}: it must be of type {kind.__name__}")
-        if not all(map(setting.metadata["allowed"], items)):
-            raise InputError(f"{where}{name} is {value!r}: it must be {setting.metadata['hint']}")
+        value = float(value) if kind is float and type(value) is int else value
+        items, item_kind = [value], kind
+        if kind == list[int] and type(value) is list:
+            items, item_kind = value, int
+        if not all(type(item) is item_kind and check["allowed"](item) for item in items):
+            raise InputError(f"{where}{name} is {value!r}: it must be {kind.__name__}, {check['hint']}")
         settings[name] = value
     return section(**settings)
 
@@ -271,21 +268,6 @@ def compile_networks(networks: list[nn.Module], wanted: bool | None, device: tor
         network.compile(dynamic=False)  # batches of training and of drawing keep their sizes
 
 
-def join_ranks(device: torch.device) -> None:
-    """From here on the ranks of torchrun can exchange tensors."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of every rank's value, on all of them; with one rank the value itself."""
-    if RANKS > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets: all of them become uint8 [N, C, S, S], which is small enough to lie in the device's memory as a whole
 
@@ -297,7 +279,10 @@ def load_data(config: DataConfig, data_dir: str | Path) -> tuple[str, tuple, tup
     unpack, while the others wait.
     """
     if RANK > 0:
-        wait_for_first_rank()
+        try:
+            dist.barrier()  # NCCL's init_process_group doesn't wait
+        except RuntimeError:
+            raise InputError("the first rank has failed; its own line says why") from None
     name, options = config.dataset, (data_dir, config.image_size, config.channels)
     try:
         sets = [load_data_set(name, train, *options) for train in (True, False)]
@@ -310,13 +295,6 @@ def load_data(config: DataConfig, data_dir: str | Path) -> tuple[str, tuple, tup
     if RANK == 0 and RANKS > 1:
         dist.barrier()
     return name, *sets
-
-
-def wait_for_first_rank() -> None:
-    try:
-        dist.barrier()  # NCCL's init_process_group doesn't wait
-    except RuntimeError:
-        raise InputError("the first rank has failed; its own line says why") from None
 
 
 def load_data_set(
@@ -454,7 +432,7 @@ def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: 
     for u in uniform.split(1000):
         size, width, slant, turn, right, down = (2 * u[:, 1:7] - 1).T  # -1…1, [B] each
         # Where each pixel of the image is found in the glyph: turned, slanted and scaled, then bent smoothly.
-        size, turn = 1.0 + 0.06 * size, 0.15 * turn
+        size, turn = 1.1 + 0.06 * size, 0.15 * turn
         cos, sin = size * turn.cos(), size * turn.sin()
         x_axis = torch.stack([cos * (1.2 + 0.3 * width), sin + cos * (0.25 + 0.3 * slant), 0.04 * right], dim=1)
         y_axis = torch.stack([-sin, cos, 0.04 * down], dim=1)
@@ -534,7 +512,7 @@ def prepare_output(output_dir: Path, keep: bool) -> None:
     Raises InputError where nothing can be written there.
     """
     grids = [f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")]
-    names = ["checkpoint.pt", "log.csv", "refinement.gif", "results.*", "diversity.png", *grids]
+    names = ["checkpoint.pt", "log.csv", "refinement.gif", "results.*", "diversity.png", "comparison.png", *grids]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / ".probe", bytes(4096))  # a full disk shows before anything is moved
@@ -554,7 +532,7 @@ def prepare_output(output_dir: Path, keep: bool) -> None:
 def save_log(path: Path, columns: str, rows: list[list]) -> None:
     """Write the log as CSV: a header, then the rows; numbers with six digits, what a row lacks stays empty.
 
-    A file that can't be written, such as one that is open in a spreadsheet, is only warned of: the next row tries again.
+    One that can't be written, such as one that is open in a spreadsheet, is only warned of: the next row tries again.
     """
     width = columns.count(",") + 1
     lines = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
@@ -565,15 +543,16 @@ def save_log(path: Path, columns: str, rows: list[list]) -> None:
         print(f"\n{error}; going on", file=sys.stderr)
 
 
-def picture_of(images: Tensor, columns: int) -> Image.Image:
-    """[N, C, H, W] in [0, 1] as one picture with so many images in a row."""
+def picture_of(images: Tensor, columns: int, scale: int) -> Image.Image:
+    """[N, C, H, W] in [0, 1] as one picture with so many images in a row, each pixel a square of scale × scale."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
-    return TF.to_pil_image((255 * grid).round().byte())  # rows · (H + 2) + 2 by columns · (W + 2) + 2 pixels
+    picture = TF.to_pil_image((255 * grid).round().byte())  # rows · (H + 2) + 2 by columns · (W + 2) + 2 pixels
+    return picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
 
 
-def save_grid(path: Path, images: Tensor, columns: int, description: str) -> None:
-    """Write [N, C, H, W] in [0, 1] as a PNG with so many images in a row; `description` goes into its EXIF data."""
-    picture, buffer = picture_of(images, columns), io.BytesIO()
+def save_grid(path: Path, images: Tensor, columns: int, description: str, scale: int = 1) -> None:
+    """Write [N, C, H, W] in [0, 1] as a PNG, laid out by `picture_of`; `description` goes into its EXIF data."""
+    picture, buffer = picture_of(images, columns, scale), io.BytesIO()
     exif = picture.getexif()
     exif[0x010E] = description  # ImageDescription
     picture.save(buffer, format="png", exif=exif)
@@ -581,11 +560,11 @@ def save_grid(path: Path, images: Tensor, columns: int, description: str) -> Non
 
 
 def save_animation(path: Path, frames: list[Tensor], columns: int) -> None:
-    """Write grids, each [N, C, H, W] in [0, 1], as a GIF of twice the size that loops and pauses at its end."""
-    pictures = [picture_of(frame, columns) for frame in frames]
+    """Write grids, each [N, C, H, W] in [0, 1], as a GIF of twice their size that loops and pauses at its end."""
+    pictures = [picture_of(frame, columns, scale=2) for frame in frames]
     if frames[0].shape[1] == 1:
         pictures = [picture.convert("L") for picture in pictures]  # exact; colours become a palette
-    first, *others = [picture.resize((2 * picture.width, 2 * picture.height), 0) for picture in pictures]
+    first, *others = pictures
     buffer, milliseconds = io.BytesIO(), [120] * len(others) + [3000]
     first.save(buffer, format="gif", save_all=True, append_images=others, duration=milliseconds, loop=0)
     write_atomically(path, buffer.getvalue())
@@ -624,13 +603,11 @@ def load_checkpoint(path: str | Path, parts: dict[str, type] = WEIGHTS) -> dict:
 
 def check_same_run(checkpoint: dict, config: Config, dataset: str, path: Path) -> None:
     """Raises InputError where a checkpoint is of another data set or method, or has another network or diffusion."""
-    if checkpoint["dataset"] != dataset:
-        reason = f"this run would use {dataset}; set data.dataset to what it was, or leave out --resume"
-        raise InputError(f"the checkpoint is of a run on {checkpoint['dataset']}, {reason}")
     old, new = asdict(parse_config(checkpoint["config"], path)), asdict(config)
-    changed = [("method", old["method"], new["method"])]
-    for section in ("data", "model", "diffusion"):
-        changed += [(f"{section}.{key}", old[section][key], new[section][key]) for key in new[section]]
-    for name, before, now in changed:
-        if before != now and name not in ("data.dataset", "data.fallback"):
+    old["data"] |= {"dataset": checkpoint["dataset"], "fallback": ""}  # what was really used
+    new["data"] |= {"dataset": dataset, "fallback": ""}
+    pairs = [("method", old["method"], new["method"])]
+    pairs += [(f"{s}.{key}", old[s][key], now) for s in ("data", "model", "diffusion") for key, now in new[s].items()]
+    for name, before, now in pairs:
+        if before != now:
             raise InputError(f"{name} is {now}, in the checkpoint it is {before}; to resume, set it back")

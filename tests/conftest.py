@@ -21,7 +21,7 @@ TINY = {
     "dataset": "digits", "image_size": 16, "low_res_size": 4,
     "features": 8, "channel_multipliers": [1, 2], "attention_resolutions": [8], "attention_heads": 2,
     "steps": 4, "num_training_steps": 20, "batch_size": 4, "sample_every": 20, "early_samples": [],
-    "precision": "float32", "num_images": 0,
+    "precision": "float32",
 }  # fmt: skip
 
 
