@@ -127,7 +127,7 @@ def format_cell(summary: dict | None, factor: int, digits: int) -> str:
 def evaluate(flags: argparse.Namespace) -> None:
     device = utils.choose_device(flags.device)
     models, checkpoints = load_models(flags.checkpoints, device)
-    configs = {name: utils.parse_config(c["config"], c["path"]) for name, c in checkpoints.items()}
+    configs = {name: utils.parse_config(c["config"], name) for name, c in checkpoints.items()}
     dataset, data = next(iter(checkpoints.values()))["dataset"], next(iter(configs.values())).data
     output_dir = Path(flags.output_dir)
     options = flags.data_dir, data.image_size, data.channels

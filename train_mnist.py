@@ -8,15 +8,10 @@
 Beside the paper (arXiv 2104.07636), read `training_step` here, then sr3.py and unet.py. evaluate.py judges the result.
 """
 
-import sys
-
-if sys.version_info < (3, 11):
-    sys.stderr.write("Python is %d.%d: this lesson needs 3.11 or newer\n" % sys.version_info[:2])
-    sys.exit(2)
-
 import argparse
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -37,11 +32,6 @@ from utils import HERE, RANK, RANKS, Config, InputError, downsample, fail, to_fl
 
 BAR_EVERY = 10  # steps between two looks at the loss; each makes the script wait for the device
 LOG_EVERY = 100  # steps between two rows of log.csv, a multiple of BAR_EVERY
-LOG_COLUMNS = (
-    "dataset,step,loss,learning_rate,images_per_second,"
-    "psnr,ssim,consistency,bicubic_psnr,bicubic_ssim,bicubic_consistency"
-)
-GRID = 64  # test images in a grid
 
 
 @dataclass
@@ -99,18 +89,19 @@ def training_step(run: Run) -> Tensor:
 
 def train(run: Run) -> None:
     """Steps until all are done or Ctrl-C; the bar, the log, the grids and the checkpoint as a step number asks."""
-    settings, stopped_by = run.config.training, catch_signals()
+    settings, stop_signals, stopping = run.config.training, catch_signals(), False
     loss_sum, steps, started, shown_psnr = torch.zeros((), device=run.device), 0, time.perf_counter(), "-"
     bar = tqdm(total=settings.num_training_steps, initial=run.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
     with bar:
-        while run.step < settings.num_training_steps and not stopped_by:
+        while run.step < settings.num_training_steps and not stopping:
             loss_sum += training_step(run)
             steps += 1
             bar.update()
 
             # What does this step call for? Only from here on does the script wait for the device.
+            stopping = bool(stop_signals)
             drawing = run.step % settings.sample_every == 0 or run.step in settings.early_samples
-            drawing = drawing or run.step == settings.num_training_steps or bool(stopped_by)
+            drawing = drawing or stopping or run.step == settings.num_training_steps
             logging = drawing or run.step % LOG_EVERY == 0
             if not logging and run.step % BAR_EVERY:
                 continue
@@ -133,9 +124,9 @@ def train(run: Run) -> None:
                 save(run, with_checkpoint=drawing)
             loss_sum.zero_()
             steps, started = 0, time.perf_counter()
-    if stopped_by and run.step < settings.num_training_steps:
+    if stopping and run.step < settings.num_training_steps:
         print(f"stopped after step {run.step}; the same command with --resume goes on from there")
-        sys.exit(128 + stopped_by[0])
+        sys.exit(128 + stop_signals[0])
 
 
 def catch_signals() -> list[int]:
@@ -157,6 +148,12 @@ def catch_signals() -> list[int]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The pictures, the log and the checkpoint
+
+GRID = 64  # test images in a grid
+LOG_COLUMNS = (
+    "dataset,step,loss,learning_rate,images_per_second,"
+    "psnr,ssim,consistency,bicubic_psnr,bicubic_ssim,bicubic_consistency"
+)
 
 
 def draw(run: Run) -> dict[str, float]:
@@ -234,8 +231,10 @@ def restore(run: Run, checkpoint: dict, path: Path) -> None:
         run.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
         for weight in run.model.parameters():
             state = run.optimizer.state[weight]
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or float(state["step"]) < 1:
+                raise ValueError
             for name in ("exp_avg", "exp_avg_sq"):  # as the weight lies in memory, which fused Adam relies on
-                state[name] = torch.empty_like(weight).copy_(state[name].view(weight.shape))
+                state[name] = torch.empty_like(weight).copy_(state[name])
         if checkpoint["scaler"]:  # one that was not in use has no state
             run.scaler.load_state_dict(checkpoint["scaler"])
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):

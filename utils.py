@@ -1,11 +1,16 @@
 """What the lesson needs beside the method: settings, the machine, data sets, bicubic resampling, grids, safe files."""
 
+import sys
+
+if sys.version_info < (3, 11):
+    sys.stderr.write("Python is %d.%d: this lesson needs 3.11 or newer\n" % sys.version_info[:2])
+    sys.exit(2)
+
 import functools
 import io
 import itertools
 import os
 import socket
-import sys
 import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -290,7 +295,8 @@ def load_data(config: DataConfig, data_dir: str | Path) -> tuple[str, tuple, tup
         if not config.fallback:
             raise
         name, line = config.fallback, "!" * 100
-        print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN {name.upper()} INSTEAD.\n{line}", file=sys.stderr)
+        if RANK == 0:
+            print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN {name.upper()} INSTEAD.\n{line}", file=sys.stderr)
         sets = [load_data_set(name, train, *options) for train in (True, False)]
     if RANK == 0 and RANKS > 1:
         dist.barrier()
