@@ -56,7 +56,7 @@ def draw(model: SR3 | Regression, context: Tensor, config: Config, name: str, se
     """Super-resolve x [N, C, H, W] in batches; in [0, 1], rounded to 8 bits as a picture file has them."""
     generator = torch.Generator(context.device).manual_seed(seed)
     options = {"variance": config.sampling.variance, "generator": generator}
-    precision = utils.choose_precision(config.training.precision, context.device)
+    precision = utils.choose_precision("auto", context.device)
     images = []
     with utils.choose_autocast(precision, context.device)():
         for part in tqdm(context.split(BATCH), desc=name, unit="batch", dynamic_ncols=True, leave=False):
@@ -68,7 +68,7 @@ def summarize(values: Tensor, rate: bool = False) -> dict[str, float]:
     """The mean of values [N], one per image, and its standard error; of a rate also Wilson's 95 % interval."""
     n, values = len(values), values.cpu().double()
     mean, z = values.mean().item(), 1.96
-    summary = {"mean": mean, "standard_error": values.std().item() / math.sqrt(n)}
+    summary = {"mean": mean, "standard_error": values.std().item() / math.sqrt(n) if n > 1 else 0.0}
     if rate:
         middle, width = mean + z**2 / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
         summary |= {"low": (middle - width) / (1 + z**2 / n), "high": (middle + width) / (1 + z**2 / n)}
@@ -210,8 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument("--output_dir", default=HERE / "output", help="where the table goes; default: output")
         parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
         flags = parser.parse_args(arguments)
-        if flags.num_images < 2:
-            raise InputError(f"--num_images is {flags.num_images}: give 2 or more")
+        if flags.num_images < 1:
+            raise InputError(f"--num_images is {flags.num_images}: give 1 or more")
         evaluate(flags)
 
     utils.run_script(script)

@@ -223,6 +223,8 @@ def save(run: Run, with_checkpoint: bool) -> None:
 def restore(run: Run, checkpoint: dict, path: Path) -> None:
     """Put the state of a checkpoint into a run. Raises InputError where it is another run's, or doesn't fit."""
     utils.check_same_run(checkpoint, run.config, run.dataset, path)
+    if not all(isinstance(row, list) for row in checkpoint["log"]):
+        raise InputError(f"{path} is no checkpoint of this lesson: its log has no rows; give another")
     run.step, run.log = checkpoint["step"], checkpoint["log"]
     try:
         run.model.load_state_dict(checkpoint["model"])
@@ -237,7 +239,9 @@ def restore(run: Run, checkpoint: dict, path: Path) -> None:
                 state[name] = torch.empty_like(weight).copy_(state[name])
         if checkpoint["scaler"]:  # one that was not in use has no state
             run.scaler.load_state_dict(checkpoint["scaler"])
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError):
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if utils.out_of_memory(error):
+            raise
         raise InputError(f"{path} is of another version of this lesson, or damaged: its state doesn't fit") from None
 
 
@@ -328,7 +332,8 @@ def main(arguments: list[str] | None = None) -> None:
         if RANK == 0:
             print(f"all {run.step} steps are done; to judge them: evaluate.py {run.output_dir / 'checkpoint.pt'}")
 
-    utils.run_script(script, "stopped; the same command with --resume goes on from the last checkpoint if there is one")
+    if_stopped = "stopped; the same command with --resume goes on from the last checkpoint, if there is one"
+    utils.run_script(script, if_stopped, if_too_large="give a smaller batch_size")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def fail(message: object, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-def run_script(function: Callable[[], None], if_stopped: str = "stopped") -> None:
+def run_script(function: Callable, if_stopped: str = "stopped", if_too_large: str = "give fewer images") -> None:
     """Calls a script's main part; what goes wrong with its input, files, memory or keyboard becomes one line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console without γ shows a question mark
@@ -71,7 +71,7 @@ def run_script(function: Callable[[], None], if_stopped: str = "stopped") -> Non
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        fail(f"out of memory; give a smaller batch_size ({str(error)[:100]})")
+        fail(f"out of memory; {if_too_large} ({str(error)[:100] or type(error).__name__})")
     except KeyboardInterrupt:
         fail(if_stopped, status=130)
 
@@ -518,7 +518,16 @@ def prepare_output(output_dir: Path, keep: bool) -> None:
     Raises InputError where nothing can be written there.
     """
     grids = [f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")]
-    names = ["checkpoint.pt", "log.csv", "refinement.gif", "results.*", "diversity.png", "comparison.png", *grids]
+    names = [
+        "checkpoint.pt",
+        "log.csv",
+        "refinement.gif",
+        "results.md",
+        "results.json",
+        "diversity.png",
+        "comparison.png",
+        *grids,
+    ]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / ".probe", bytes(4096))  # a full disk shows before anything is moved
@@ -596,7 +605,8 @@ def load_checkpoint(path: str | Path, parts: dict[str, type] = WEIGHTS) -> dict:
         ) from None
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         if isinstance(error, OSError) or out_of_memory(error):
-            raise InputError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
+            raise InputError(f"{path} can't be read: {reason}") from None
         reason = f"is no checkpoint of this lesson, or is cut off ({type(error).__name__}); give another"
         raise InputError(f"{path} {reason}") from None
     for name, kind in parts.items():

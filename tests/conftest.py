@@ -1,5 +1,6 @@
-"""What several test files share: the lesson on sys.path, no network, a tiny config and tiny MNIST files."""
+"""What several test files share: no network, runs that take a second, and how to look at what they wrote."""
 
+import functools
 import json
 import os
 import re
@@ -17,12 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks on shared CPUs: threads would wait for each other
 
+import numpy as np
+import torch
+from PIL import Image
+
+import train_mnist
+import utils
+
 TINY = {
     "dataset": "digits", "image_size": 16, "low_res_size": 4,
     "features": 8, "channel_multipliers": [1, 2], "attention_resolutions": [8], "attention_heads": 2,
     "steps": 4, "num_training_steps": 20, "batch_size": 4, "sample_every": 20, "early_samples": [],
     "precision": "float32",
 }  # fmt: skip
+DRAW_DIGITS = utils.draw_digits
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +47,19 @@ def no_network(monkeypatch):
     socket.setdefaulttimeout(timeout)
     for number, handler in handlers:
         signal.signal(number, handler)
+
+
+@functools.cache
+def draw_few_digits(number, image_size, channels, seed):
+    """3,000 for training and 500 for testing."""
+    return DRAW_DIGITS(number // 20, image_size, channels, seed)
+
+
+@pytest.fixture(scope="module")
+def few_digits():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "draw_digits", draw_few_digits)
+        yield
 
 
 def write_tiny_config(path, **changes):
@@ -71,3 +93,53 @@ def write_mnist(tmp_path):
         return tmp_path / "data"
 
     return write
+
+
+@pytest.fixture
+def small_mnist(write_mnist):
+    """A --data_dir with 100 drawn digits for training and 70 for testing as MNIST's files: new processes start fast."""
+    train, test = (DRAW_DIGITS(number, 28, 1, seed)[0][:, 0] for number, seed in ((100, 0), (70, 1)))
+    return write_mnist(train, test)
+
+
+def flags_of(config, output, *flags):
+    return [*map(str, ["--config_path", config, "--output_dir", output, "--device", "cpu", *flags])]
+
+
+def run(config, output, *flags):
+    """train_mnist.py in this process, whose signal handlers stay as they were; returns the output folder."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_mnist.py"])
+        try:
+            train_mnist.main(flags_of(config, output, *flags))
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
+    return output
+
+
+def checkpoint_of(output):
+    return torch.load(output / "checkpoint.pt", weights_only=True)
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def lines_of(script, error):
+    """What a script said of its end on stderr; the progress bar's lines end with carriage returns."""
+    assert "Traceback" not in error and "None:" not in error, error
+    return [line for line in re.split(r"[\r\n]+", error) if line.startswith(script)]
+
+
+def cells(picture, columns, size=16, scale=1):
+    """The images of a grid, uint8 [N, size, size, 3], row by row; there are two grey pixels between them."""
+    picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
+    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    small = pixels[::scale, ::scale]  # each pixel is a square
+    assert torch.equal(small.repeat_interleave(scale, 0).repeat_interleave(scale, 1), pixels)
+    height, width, _ = small.shape
+    assert width == columns * (size + 2) + 2 and (height - 2) % (size + 2) == 0
+    corners = [(y, x) for y in range(2, height, size + 2) for x in range(2, width, size + 2)]
+    return torch.stack([small[y : y + size, x : x + size] for y, x in corners])
