@@ -10,7 +10,7 @@ Takes checkpoints of one data set, of SR3 and of the regression, in any order. P
 import argparse
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import utils  # before torch: it says what an Apple GPU may leave to the CPU
@@ -34,33 +34,46 @@ COLUMNS = {  # heading, factor, digits
 }
 
 
-def load_models(paths: list[str], device: torch.device) -> tuple[dict[str, SR3 | Regression], dict[str, dict]]:
-    """The models and their checkpoints, both by the name of their row; regressions come first.
+@dataclass
+class Trained:
+    """A checkpoint to judge."""
 
-    Raises InputError where the checkpoints are of different data.
-    """
-    models, checkpoints = {}, {}
+    name: str  # of its row in the table
+    model: SR3 | Regression
+    config: Config
+    steps: int
+
+
+def load_trained(paths: list[str], device: torch.device) -> list[Trained]:
+    """What is in the checkpoints, regressions first. Raises InputError where they are of different data."""
+    found = []
     for path in paths:
         model, checkpoint = load_model(path, device), utils.load_checkpoint(path)
         name = "SR3" if isinstance(model, SR3) else "regression"
-        name += f" ({path})" * (name in models)  # another one of its kind
-        models[name], checkpoints[name] = model, checkpoint
-        data = [(c["dataset"], c["config"]["data"] | {"dataset": "", "fallback": ""}) for c in checkpoints.values()]
-        if data[0] != data[-1]:
-            raise InputError(f"{path} is of {data[-1]}, {paths[0]} of {data[0]}: give checkpoints of the same data")
-    order = sorted(models, key=lambda name: name.startswith("SR3"))
-    return {name: models[name] for name in order}, {name: checkpoints[name] for name in order}
+        name += f" ({path})" * any(other.name == name for other in found)  # another one of its kind
+        config = utils.parse_config(checkpoint["config"], path)
+        config.data.dataset, config.data.fallback = checkpoint["dataset"], ""  # what was really used
+        found.append(Trained(name, model, config, checkpoint["step"]))
+        if config.data != found[0].config.data:
+            reason = f"{path} is of {config.data}, {paths[0]} of {found[0].config.data}"
+            raise InputError(f"{reason}: give checkpoints of the same data")
+    return sorted(found, key=lambda trained: isinstance(trained.model, SR3))
 
 
-def draw(model: SR3 | Regression, context: Tensor, config: Config, name: str, seed: int = 0) -> Tensor:
+def make_pair(images: Tensor, data: utils.DataConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """From uint8 images y_0, the low-resolution image and x, in [-1, 1], as train_mnist.py makes them."""
+    high_res = utils.to_float(images)  # [N, C, H, W]
+    low_res = utils.downsample(high_res, data.low_res_size)
+    return high_res, low_res, utils.upsample(low_res, data.image_size)
+
+
+def draw(trained: Trained, context: Tensor, seed: int = 0) -> Tensor:
     """Super-resolve x [N, C, H, W] in batches; in [0, 1], rounded to 8 bits as a picture file has them."""
-    generator = torch.Generator(context.device).manual_seed(seed)
-    options = {"variance": config.sampling.variance, "generator": generator}
-    precision = utils.choose_precision("auto", context.device)
-    images = []
-    with utils.choose_autocast(precision, context.device)():
-        for part in tqdm(context.split(BATCH), desc=name, unit="batch", dynamic_ncols=True, leave=False):
-            images.append(model.sample(part, config.sampling.steps, **options))
+    device, sampling, images = context.device, trained.config.sampling, []
+    options = {"variance": sampling.variance, "generator": torch.Generator(device).manual_seed(seed)}
+    with utils.choose_autocast(utils.choose_precision("auto", device), device)():
+        for part in tqdm(context.split(BATCH), desc=trained.name, unit="batch", dynamic_ncols=True, leave=False):
+            images.append(trained.model.sample(part, sampling.steps, **options))
     return (255 * to_unit(torch.cat(images))).round() / 255
 
 
@@ -100,6 +113,7 @@ def score(images: Tensor, given: dict[str, Tensor], classifier: torch.nn.Module 
         "accuracy": summarize(metrics.accuracy(images, given["labels"], classifier)) if classifier else None,
         "fool_rate": None if judged is None else summarize(judged, rate=True),
         "spread_over_error": None,
+        "training_steps": None,
     }
 
 
@@ -125,21 +139,17 @@ def format_cell(summary: dict | None, factor: int, digits: int) -> str:
 
 
 def evaluate(flags: argparse.Namespace) -> None:
-    device = utils.choose_device(flags.device)
-    models, checkpoints = load_models(flags.checkpoints, device)
-    configs = {name: utils.parse_config(c["config"], name) for name, c in checkpoints.items()}
-    dataset, data = next(iter(checkpoints.values()))["dataset"], next(iter(configs.values())).data
-    output_dir = Path(flags.output_dir)
-    options = flags.data_dir, data.image_size, data.channels
+    device, output_dir = utils.choose_device(flags.device), Path(flags.output_dir)
+    models = load_trained(flags.checkpoints, device)
+    data = models[0].config.data
     (train_images, train_labels), (test_images, test_labels) = (
-        utils.load_data_set(dataset, train, *options) for train in (True, False)
+        utils.load_data_set(data.dataset, train, flags.data_dir, data.image_size, data.channels)
+        for train in (True, False)
     )
     utils.prepare_output(output_dir, keep=True)
 
     chosen = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(0))[: flags.num_images]
-    high_res = utils.to_float(test_images[chosen].to(device))  # [N, C, H, W], the same images in every run
-    low_res = utils.downsample(high_res, data.low_res_size)
-    context = utils.upsample(low_res, data.image_size)
+    high_res, low_res, context = make_pair(test_images[chosen].to(device), data)  # the same images in every run
     given = {"reference": to_unit(high_res), "low_res": to_unit(low_res), "context": to_unit(context)}
     classifier = None
     if train_labels is not None:
@@ -147,57 +157,50 @@ def evaluate(flags: argparse.Namespace) -> None:
         given["labels"] = test_labels[chosen].to(device)
 
     rows = {"reference": score(given["reference"], given, classifier)}
-    bicubic = (255 * given["context"]).round() / 255
-    rows["bicubic"] = score(bicubic, given, classifier)
-    for name, model in models.items():
-        images = draw(model, context, configs[name], name)
-        rows[name] = score(images, given, classifier)
-        error = metrics.squared_difference(images, given["reference"])
-        again = draw(model, context, configs[name], f"{name} again", seed=1) if isinstance(model, SR3) else images
-        rows[name]["spread_over_error"] = summarize_ratio(metrics.squared_difference(images, again), error)
-        if isinstance(model, SR3):
-            rows[f"{name}, mean of 2 samples"] = score((images + again) / 2, given, classifier)
-    for name, row in rows.items():
-        row["training_steps"] = checkpoints.get(name.removesuffix(", mean of 2 samples"), {"step": None})["step"]
+    rows["bicubic"] = score((255 * given["context"]).round() / 255, given, classifier)
+    for trained in models:
+        images = again = draw(trained, context)
+        rows[trained.name] = score(images, given, classifier)
+        if isinstance(trained.model, SR3):
+            again = draw(trained, context, seed=1)
+            rows[f"{trained.name}, mean of 2 samples"] = score((images + again) / 2, given, classifier)
+        spread, error = (metrics.squared_difference(images, others) for others in (again, given["reference"]))
+        rows[trained.name] |= {"spread_over_error": summarize_ratio(spread, error), "training_steps": trained.steps}
 
     table = format_table(rows)
     judges = "; the fool rate's judges learned from half of them" if len(chosen) >= 50 else ""
     sizes = f"{data.low_res_size}×{data.low_res_size} -> {data.image_size}×{data.image_size}"
     table += (
-        f"\n{len(chosen):,} test images of {dataset}, {sizes}; mean ± standard error, of the fool rate the 95 % "
+        f"\n{len(chosen):,} test images of {data.dataset}, {sizes}; mean ± standard error, of the fool rate the 95 % "
         f"interval; PSNR of the mean squared error{judges}.\n"
     )
-    results = {"dataset": dataset, "num_images": len(chosen), "methods": rows}
-    results["configs"] = {name: asdict(config) for name, config in configs.items()}
+    configs = {trained.name: asdict(trained.config) for trained in models}
+    results = {"dataset": data.dataset, "num_images": len(chosen), "methods": rows, "configs": configs}
     utils.write_atomically(output_dir / "results.md", table.encode())
     utils.write_atomically(output_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    save_samples(output_dir, models, configs, test_images[:8].to(device), dataset)
+    save_samples(output_dir, models, test_images[:8].to(device))
     print(table, end="")
 
 
-def save_samples(output_dir: Path, models: dict, configs: dict, images: Tensor, dataset: str) -> None:
+def save_samples(output_dir: Path, models: list[Trained], images: Tensor) -> None:
     """Different samples of eight test images, where there is an SR3; of several models of a kind, the first.
 
     comparison.png: x, the regression's answer, four samples, the truth; each pixel a square of 3×3. diversity.png: x,
     eight samples, their mean, the regression's answer, the truth.
     """
-    sr3 = next((name for name, model in models.items() if isinstance(model, SR3)), None)
+    sr3 = next((trained for trained in models if isinstance(trained.model, SR3)), None)
     if sr3 is None:
         return
-    data = configs[sr3].data
-    high_res = utils.to_float(images)
-    low_res = utils.downsample(high_res, data.low_res_size)
-    context = utils.upsample(low_res, data.image_size)
-    samples = draw(models[sr3], context.repeat_interleave(8, dim=0), configs[sr3], "diversity")
+    high_res, low_res, context = make_pair(images, sr3.config.data)
+    samples = draw(sr3, context.repeat_interleave(8, dim=0))
     samples = rearrange(samples, "(b k) c h w -> b k c h w", k=8)
-    given, drawn = to_unit(utils.enlarge_pixels(low_res, data.image_size)), []
-    if "regression" in models:
-        drawn.append(draw(models["regression"], context, configs["regression"], "regression"))
-    few = [given, *drawn, *samples.unbind(1)[:4], to_unit(high_res)]
-    all_of_them = [given, *samples.unbind(1), samples.mean(1), *drawn, to_unit(high_res)]
+    given, truth = to_unit(utils.enlarge_pixels(low_res, high_res.shape[2])), to_unit(high_res)
+    answer = [draw(models[0], context)] if isinstance(models[0].model, Regression) else []
+    few = [given, *answer, *samples.unbind(1)[:4], truth]
+    all_of_them = [given, *samples.unbind(1), samples.mean(1), *answer, truth]
     for name, columns, scale in (("comparison", few, 3), ("diversity", all_of_them, 2)):
         grid = torch.stack(columns, dim=1).flatten(0, 1)
-        utils.save_grid(output_dir / f"{name}.png", grid, len(columns), dataset, scale)
+        utils.save_grid(output_dir / f"{name}.png", grid, len(columns), sr3.config.data.dataset, scale)
 
 
 def main(arguments: list[str] | None = None) -> None:

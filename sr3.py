@@ -25,7 +25,7 @@ class SR3(nn.Module):
 
     The schedule is β_t = 1 - α_t, linear from `beta_start` to `beta_end` in `num_timesteps` steps, T of the paper.
     Buffer `gammas`, [T + 1]: γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied up in float64, then rounded to float32 once.
-    All that follows takes these float32 values for exact, so f_θ is told the very noise level that is in ỹ. Raises
+    All that follows uses these float32 values as they are, so f_θ is told the very noise level that is in ỹ. Raises
     ValueError unless γ_1 < 1 and γ_T > 1e-8 in float32.
     """
 
@@ -43,9 +43,9 @@ class SR3(nn.Module):
     def predict_noise(self, context: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
         """f_θ(x, ỹ, γ) = √(1 - γ) · ỹ + √γ · U(x, ỹ, γ): x and ỹ [B, C, H, W], γ [B] -> the noise in ỹ, float32.
 
-        Why not f_θ = U? Equation (10) would divide U's error by √γ, at t = T by 1/150. With the line above, the noise
-        is ε exactly when U is √γ ε - √(1 - γ) y_0, and (10) becomes ŷ_0 = √γ ỹ - √(1 - γ) U: nothing is amplified.
-        This is the v-prediction of Salimans and Ho (arXiv 2202.00512). Loss and algorithms stay the paper's.
+        Why not f_θ = U? Equation (10) would divide U's error by √γ, which is 1/150 at t = T. With the line above, f_θ
+        is ε exactly when U is √γ ε - √(1 - γ) y_0, and (10) becomes ŷ_0 = √γ ỹ - √(1 - γ) U: nothing is amplified. This
+        is the v-prediction of Salimans and Ho (arXiv 2202.00512). Loss and algorithms stay the paper's.
 
         The products are float32 also under autocast: divided by √γ, bfloat16's rounding alone would be 0.6.
         """

@@ -36,7 +36,7 @@ LOG_EVERY = 100  # steps between two rows of log.csv, a multiple of BAR_EVERY
 
 @dataclass
 class Run:
-    """What a training works with; `step` and all from `model` to `log` are what its checkpoint keeps."""
+    """What a training works with."""
 
     config: Config
     device: torch.device
@@ -88,7 +88,7 @@ def training_step(run: Run) -> Tensor:
 
 
 def train(run: Run) -> None:
-    """Steps until all are done or Ctrl-C; the bar, the log, the grids and the checkpoint as a step number asks."""
+    """Trains until all steps are done or Ctrl-C; draws, logs and saves at the steps that the config names."""
     settings, stop_signals, stopping = run.config.training, catch_signals(), False
     loss_sum, steps, started, shown_psnr = torch.zeros((), device=run.device), 0, time.perf_counter(), "-"
     bar = tqdm(total=settings.num_training_steps, initial=run.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
@@ -130,9 +130,9 @@ def train(run: Run) -> None:
 
 
 def catch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM put their numbers into: the step may finish. A second one ends the script at once.
+    """Returns a list that collects Ctrl-C and SIGTERM, so that the step can finish; a second one ends the script.
 
-    With several ranks the first one does: they would not all stop after the same step.
+    With several ranks the first one does, since they would not all stop after the same step.
     """
     received = []
 
@@ -202,7 +202,7 @@ def draw(run: Run) -> dict[str, float]:
 
 
 def check_finite(run: Run, loss: float, bar: tqdm) -> None:
-    """Ends the script before anything is overwritten where the loss or a weight is no number any more."""
+    """Ends the script before anything is overwritten where the loss or a weight is no longer finite."""
     if math.isfinite(loss) and all(weight.isfinite().all() for weight in run.model.parameters()):
         return
     bar.close()
@@ -233,7 +233,7 @@ def restore(run: Run, checkpoint: dict, path: Path) -> None:
         run.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
         for weight in run.model.parameters():
             state = run.optimizer.state[weight]
-            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or float(state["step"]) < 1:
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or float(state["step"]) < 0:
                 raise ValueError
             for name in ("exp_avg", "exp_avg_sq"):  # as the weight lies in memory, which fused Adam relies on
                 state[name] = torch.empty_like(weight).copy_(state[name])
@@ -330,7 +330,9 @@ def main(arguments: list[str] | None = None) -> None:
         if RANKS > 1:
             dist.destroy_process_group()
         if RANK == 0:
-            print(f"all {run.step} steps are done; to judge them: evaluate.py {run.output_dir / 'checkpoint.pt'}")
+            print(
+                f"all {run.step} steps are done; to judge them: python evaluate.py {run.output_dir / 'checkpoint.pt'}"
+            )
 
     if_stopped = "stopped; the same command with --resume goes on from the last checkpoint, if there is one"
     utils.run_script(script, if_stopped, if_too_large="give a smaller batch_size")

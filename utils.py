@@ -69,9 +69,11 @@ def run_script(function: Callable, if_stopped: str = "stopped", if_too_large: st
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(f"{error.filename or 'the output'}: {error.strerror or error}")
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if out_of_memory(error):
+            fail(f"out of memory; {if_too_large} ({str(error)[:100] or type(error).__name__})")
+        if RANK == 0:
             raise
-        fail(f"out of memory; {if_too_large} ({str(error)[:100] or type(error).__name__})")
+        fail(f"stopped, most likely since another rank has failed ({str(error)[:100]})")
     except KeyboardInterrupt:
         fail(if_stopped, status=130)
 
@@ -281,26 +283,27 @@ def load_data(config: DataConfig, data_dir: str | Path) -> tuple[str, tuple, tup
     """The name of the data set, its training and its test set as `load_data_set` gives them.
 
     Where it can't be had, that is the config's fallback. With several ranks the first one loads, which may download and
-    unpack, while the others wait.
+    unpack, while the others wait to be told its choice.
     """
-    if RANK > 0:
+
+    def load(name: str) -> list[tuple]:
+        return [load_data_set(name, train, data_dir, config.image_size, config.channels) for train in (True, False)]
+
+    name = config.dataset
+    if RANK == 0:
         try:
-            dist.barrier()  # NCCL's init_process_group doesn't wait
-        except RuntimeError:
-            raise InputError("the first rank has failed; its own line says why") from None
-    name, options = config.dataset, (data_dir, config.image_size, config.channels)
-    try:
-        sets = [load_data_set(name, train, *options) for train in (True, False)]
-    except DatasetUnavailable as error:
-        if not config.fallback:
-            raise
-        name, line = config.fallback, "!" * 100
-        if RANK == 0:
+            sets = load(name)
+        except DatasetUnavailable as error:
+            if not config.fallback:
+                raise
+            name, line = config.fallback, "!" * 100
             print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN {name.upper()} INSTEAD.\n{line}", file=sys.stderr)
-        sets = [load_data_set(name, train, *options) for train in (True, False)]
-    if RANK == 0 and RANKS > 1:
-        dist.barrier()
-    return name, *sets
+            sets = load(name)
+    if RANKS > 1:
+        names = [name]
+        dist.broadcast_object_list(names)  # NCCL's init_process_group doesn't wait, this does
+        name = names[0]
+    return name, *(sets if RANK == 0 else load(name))
 
 
 def load_data_set(
@@ -517,17 +520,8 @@ def prepare_output(output_dir: Path, keep: bool) -> None:
 
     Raises InputError where nothing can be written there.
     """
-    grids = [f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")]
-    names = [
-        "checkpoint.pt",
-        "log.csv",
-        "refinement.gif",
-        "results.md",
-        "results.json",
-        "diversity.png",
-        "comparison.png",
-        *grids,
-    ]
+    names = ["log.csv", "checkpoint.pt", "refinement.gif", "results.md", "results.json", "diversity.png"]
+    names += ["comparison.png", *(f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement"))]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / ".probe", bytes(4096))  # a full disk shows before anything is moved
@@ -536,7 +530,7 @@ def prepare_output(output_dir: Path, keep: bool) -> None:
         if earlier and not keep:
             folder = next(f for i in itertools.count(1) if not (f := output_dir / f"earlier-{i}").exists())
             folder.mkdir()
-            for path in earlier:
+            for path in earlier:  # log.csv first, which may be open in a spreadsheet
                 path.rename(folder / path.name)
             print(f"the results of an earlier run are now in {folder}")
     except OSError as error:

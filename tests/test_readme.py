@@ -1,4 +1,4 @@
-"""README.md: what it links to exists, what it quotes is the code, its tables, curves and weights are the reference's."""
+"""README.md: its links exist, its quotes are the code, its tables, curves and weights are those of the reference."""
 
 import csv
 import functools

@@ -43,7 +43,8 @@ def main() -> None:
 
     def cell(model: SR3, steps: int) -> str:
         config.sampling.steps = steps
-        first, second = (evaluate.draw(model, context, config, f"{steps} steps", seed) for seed in (0, 1))
+        trained = evaluate.Trained(f"{steps} steps", model, config, checkpoint["step"])
+        first, second = (evaluate.draw(trained, context, seed) for seed in (0, 1))
         error = metrics.squared_difference(first, reference)
         ratio = evaluate.summarize_ratio(metrics.squared_difference(first, second), error)
         text = f"{metrics.psnr(first, reference).mean():.2f} / {ratio['mean']:.2f}"
