@@ -163,7 +163,8 @@ def evaluate(flags: argparse.Namespace) -> None:
         rows[trained.name] = score(images, given, classifier)
         if isinstance(trained.model, SR3):
             again = draw(trained, context, seed=1)
-            rows[f"{trained.name}, mean of 2 samples"] = score((images + again) / 2, given, classifier)
+            mean = f"{trained.name}, mean of 2 samples"
+            rows[mean] = score((images + again) / 2, given, classifier) | {"training_steps": trained.steps}
         spread, error = (metrics.squared_difference(images, others) for others in (again, given["reference"]))
         rows[trained.name] |= {"spread_over_error": summarize_ratio(spread, error), "training_steps": trained.steps}
 
