@@ -105,8 +105,8 @@ def test_what_only_the_first_rank_finds_is_refused_by_both(torchrun, tmp_path):
     (line,) = (line for line in error.splitlines() if line.startswith("train_mnist.py: "))
     assert "no readable image" in line and error.count("no readable image") == 1
     others = [line for line in error.splitlines() if line.startswith("train_mnist.py (rank 1): ")]
-    assert all("the first rank has failed" in line for line in others) and len(others) <= 1  # torchrun may be faster
-    assert "Connection closed" not in error and "RuntimeError" not in error
+    assert all("another rank has failed" in line for line in others) and len(others) <= 1  # torchrun may be faster
+    assert "RuntimeError" not in error
 
 
 @pytest.mark.parametrize("rank, opening", [(0, "train_mnist.py: "), (1, "train_mnist.py (rank 1): ")])
