@@ -318,7 +318,7 @@ def tell_duration(run: Run) -> None:
             run.model.loss(high_res, context).backward()
         run.optimizer.zero_grad()
     minutes = (time.perf_counter() - started) / 60
-    print(f"on this CPU, {left:,} steps will take about {minutes * left:.0f} minutes; for good digits ", end="")
+    print(f"on this CPU, {left:,} steps will take about {minutes * left:.0f} minutes; for a good result ", end="")
     print(f"in about {minutes * 1000:.0f}, give --num_training_steps 1000", flush=True)
 
 
