@@ -10,7 +10,7 @@ Takes checkpoints of one data set, of SR3 and of the regression, in any order. P
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import utils  # before torch: it says what an Apple GPU may leave to the CPU
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import metrics
 from sr3 import SR3, Regression, load_model
-from utils import HERE, Config, InputError, fail, to_unit
+from utils import HERE, InputError, fail, to_unit
 
 BATCH = 64  # images drawn at a time
 COLUMNS = {  # heading, factor, digits
@@ -34,30 +34,20 @@ COLUMNS = {  # heading, factor, digits
 }
 
 
-@dataclass
-class Trained:
-    """A checkpoint to judge."""
-
-    name: str  # of its row in the table
-    model: SR3 | Regression
-    config: Config
-    steps: int
-
-
-def load_trained(paths: list[str], device: torch.device) -> list[Trained]:
-    """What is in the checkpoints, regressions first. Raises InputError where they are of different data."""
-    found = []
+def load_models(paths: list[str], device: torch.device) -> dict[str, SR3 | Regression]:
+    """The models by the names of their rows, regressions first. Raises InputError where they are of different data."""
+    models = {}
     for path in paths:
-        model, checkpoint = load_model(path, device), utils.load_checkpoint(path)
+        model = load_model(path, device)
         name = "SR3" if isinstance(model, SR3) else "regression"
-        name += f" ({path})" * any(other.name == name for other in found)  # another one of its kind
-        config = utils.parse_config(checkpoint["config"], path)
-        config.data.dataset, config.data.fallback = checkpoint["dataset"], ""  # what was really used
-        found.append(Trained(name, model, config, checkpoint["step"]))
-        if config.data != found[0].config.data:
-            reason = f"{path} is of {config.data}, {paths[0]} of {found[0].config.data}"
-            raise InputError(f"{reason}: give checkpoints of the same data")
-    return sorted(found, key=lambda trained: isinstance(trained.model, SR3))
+        models[f"{name} ({path})" if name in models else name] = model
+        model.config.data.fallback = ""  # says nothing of the data that were there
+        data = next(iter(models.values())).config.data
+        if model.config.data != data:
+            raise InputError(
+                f"{path} is of {model.config.data}, {paths[0]} of {data}: give checkpoints of the same data"
+            )
+    return dict(sorted(models.items(), key=lambda item: isinstance(item[1], SR3)))
 
 
 def make_pair(images: Tensor, data: utils.DataConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,13 +57,13 @@ def make_pair(images: Tensor, data: utils.DataConfig) -> tuple[Tensor, Tensor, T
     return high_res, low_res, utils.upsample(low_res, data.image_size)
 
 
-def draw(trained: Trained, context: Tensor, seed: int = 0) -> Tensor:
+def draw(model: SR3 | Regression, context: Tensor, seed: int = 0) -> Tensor:
     """Super-resolve x [N, C, H, W] in batches; in [0, 1], rounded to 8 bits as a picture file has them."""
-    device, sampling, images = context.device, trained.config.sampling, []
-    options = {"variance": sampling.variance, "generator": torch.Generator(device).manual_seed(seed)}
+    device, images = context.device, []
+    options = asdict(model.config.sampling) | {"generator": torch.Generator(device).manual_seed(seed)}
     with utils.choose_autocast(utils.choose_precision("auto", device), device)():
-        for part in tqdm(context.split(BATCH), desc=trained.name, unit="batch", dynamic_ncols=True, leave=False):
-            images.append(trained.model.sample(part, sampling.steps, **options))
+        for part in tqdm(context.split(BATCH), desc="drawing", unit="batch", dynamic_ncols=True, leave=False):
+            images.append(model.sample(part, **options))
     return (255 * to_unit(torch.cat(images))).round() / 255
 
 
@@ -95,33 +85,36 @@ def summarize_ratio(values: Tensor, others: Tensor) -> dict[str, float]:
     return summarize((values - ratio * others) / others.mean()) | {"mean": ratio.item()}
 
 
-def score(images: Tensor, given: dict[str, Tensor], classifier: torch.nn.Module | None) -> dict[str, dict | None]:
-    """All metrics of images [N, C, H, W] in [0, 1]: mean and standard error, or None where there is none.
+def score(images: Tensor, given: dict, classifier: torch.nn.Module | None, again: Tensor | None = None) -> dict:
+    """All metrics of images [N, C, H, W] in [0, 1], summarized, or None where there is none; `again` are other samples.
 
     `given` has "reference", "low_res", "context", all in [0, 1], and "labels". PSNR is that of the mean squared error,
     so that one equal image doesn't make it infinite. Fewer than 50 images teach the fool rate's judge nothing.
     """
-    error = summarize(metrics.squared_difference(images, given["reference"]))
-    decibel = 10 / math.log(10) * error["standard_error"] / error["mean"] if error["mean"] else 0.0
-    psnr = {"mean": -10 * math.log10(error["mean"]) if error["mean"] else "inf", "standard_error": decibel}
-    ssim = torch.cat([metrics.ssim(*pair) for pair in zip(images.split(100), given["reference"].split(100))])
-    judged = metrics.fool_rate(images, given["reference"], given["context"]) if len(images) >= 50 else None
-    return {
-        "psnr": psnr,
-        "ssim": summarize(ssim),
-        "consistency": summarize(metrics.consistency(images, given["low_res"])),
-        "accuracy": summarize(metrics.accuracy(images, given["labels"], classifier)) if classifier else None,
-        "fool_rate": None if judged is None else summarize(judged, rate=True),
-        "spread_over_error": None,
-        "training_steps": None,
-    }
+    reference = given["reference"]
+    errors = metrics.squared_difference(images, reference)
+    error = summarize(errors)
+    scores = dict.fromkeys(COLUMNS)
+    if error["mean"] > 0:
+        decibel = 10 / math.log(10) * error["standard_error"] / error["mean"]
+        scores["psnr"] = {"mean": -10 * math.log10(error["mean"]), "standard_error": decibel}
+    ssim = [metrics.ssim(*parts) for parts in zip(images.split(100), reference.split(100))]
+    scores["ssim"] = summarize(torch.cat(ssim))
+    scores["consistency"] = summarize(metrics.consistency(images, given["low_res"]))
+    if classifier:
+        scores["accuracy"] = summarize(metrics.accuracy(images, given["labels"], classifier))
+    if len(images) >= 50:
+        scores["fool_rate"] = summarize(metrics.fool_rate(images, reference, given["context"]), rate=True)
+    if again is not None:
+        scores["spread_over_error"] = summarize_ratio(metrics.squared_difference(images, again), errors)
+    return scores
 
 
 def format_table(rows: dict[str, dict]) -> str:
     """The table in Markdown: of each row its "training_steps" and what `score` says."""
     lines = [["method", "steps", *(heading for heading, _, _ in COLUMNS.values())], ["---"] * (2 + len(COLUMNS))]
     for name, row in rows.items():
-        steps = f"{row['training_steps']:,}" if row["training_steps"] else "–"
+        steps = f"{row['training_steps']:,}" if "training_steps" in row else "–"
         lines.append([name, steps, *(format_cell(row[key], *form) for key, (_, *form) in COLUMNS.items())])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -130,8 +123,6 @@ def format_cell(summary: dict | None, factor: int, digits: int) -> str:
     """The mean ± its standard error, or a rate with its interval; in per cent with factor 100."""
     if summary is None:
         return "–"
-    if summary["mean"] == "inf":
-        return "∞"
     numbers = {key: f"{factor * number:.{digits}f}" for key, number in summary.items()}
     if "low" in numbers:
         return "{mean} % ({low} to {high})".format_map(numbers)
@@ -140,85 +131,75 @@ def format_cell(summary: dict | None, factor: int, digits: int) -> str:
 
 def evaluate(flags: argparse.Namespace) -> None:
     device, output_dir = utils.choose_device(flags.device), Path(flags.output_dir)
-    models = load_trained(flags.checkpoints, device)
-    data = models[0].config.data
-    (train_images, train_labels), (test_images, test_labels) = (
-        utils.load_data_set(data.dataset, train, flags.data_dir, data.image_size, data.channels)
-        for train in (True, False)
-    )
+    models = load_models(flags.checkpoints, device)
+    data = next(iter(models.values())).config.data
+    train_set, test_set = (utils.load_data_set(data, train, flags.data_dir) for train in (True, False))
     utils.prepare_output(output_dir, keep=True)
 
-    chosen = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(0))[: flags.num_images]
-    high_res, low_res, context = make_pair(test_images[chosen].to(device), data)  # the same images in every run
+    generator = torch.Generator().manual_seed(0)  # the same images in every run
+    chosen = torch.randperm(len(test_set[0]), generator=generator)[: flags.num_images]
+    high_res, low_res, context = make_pair(test_set[0][chosen].to(device), data)
     given = {"reference": to_unit(high_res), "low_res": to_unit(low_res), "context": to_unit(context)}
     classifier = None
-    if train_labels is not None:
-        classifier = metrics.train_classifier(train_images.to(device), train_labels.to(device))
-        given["labels"] = test_labels[chosen].to(device)
+    if train_set[1] is not None:
+        classifier = metrics.train_classifier(*(part.to(device) for part in train_set))
+        given["labels"] = test_set[1][chosen].to(device)
 
     rows = {"reference": score(given["reference"], given, classifier)}
     rows["bicubic"] = score((255 * given["context"]).round() / 255, given, classifier)
-    for trained in models:
-        images = again = draw(trained, context)
-        rows[trained.name] = score(images, given, classifier)
-        if isinstance(trained.model, SR3):
-            again = draw(trained, context, seed=1)
-            mean = f"{trained.name}, mean of 2 samples"
-            rows[mean] = score((images + again) / 2, given, classifier) | {"training_steps": trained.steps}
-        spread, error = (metrics.squared_difference(images, others) for others in (again, given["reference"]))
-        rows[trained.name] |= {"spread_over_error": summarize_ratio(spread, error), "training_steps": trained.steps}
+    for name, model in models.items():
+        first, second = (draw(model, context, seed) for seed in (0, 1))
+        trained = {"training_steps": model.training_steps}
+        rows[name] = trained | score(first, given, classifier, second)
+        if isinstance(model, SR3):
+            rows[f"{name}, mean of 2 samples"] = trained | score((first + second) / 2, given, classifier)
 
-    table = format_table(rows)
-    judges = "; the fool rate's judges learned from half of them" if len(chosen) >= 50 else ""
     sizes = f"{data.low_res_size}×{data.low_res_size} -> {data.image_size}×{data.image_size}"
-    table += (
+    table = format_table(rows) + (
         f"\n{len(chosen):,} test images of {data.dataset}, {sizes}; mean ± standard error, of the fool rate the 95 % "
-        f"interval; PSNR of the mean squared error{judges}.\n"
+        "interval; PSNR of the mean squared error; a fool rate's judge learns from half of the images.\n"
     )
-    configs = {trained.name: asdict(trained.config) for trained in models}
+    configs = {name: asdict(model.config) for name, model in models.items()}
     results = {"dataset": data.dataset, "num_images": len(chosen), "methods": rows, "configs": configs}
     utils.write_atomically(output_dir / "results.md", table.encode())
     utils.write_atomically(output_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    save_samples(output_dir, models, test_images[:8].to(device))
+    save_samples(output_dir, models, test_set[0][:8].to(device))
     print(table, end="")
 
 
-def save_samples(output_dir: Path, models: list[Trained], images: Tensor) -> None:
+def save_samples(output_dir: Path, models: dict[str, SR3 | Regression], images: Tensor) -> None:
     """Different samples of eight test images, where there is an SR3; of several models of a kind, the first.
 
     comparison.png: x, the regression's answer, four samples, the truth; each pixel a square of 3×3. diversity.png: x,
     eight samples, their mean, the regression's answer, the truth.
     """
-    sr3 = next((trained for trained in models if isinstance(trained.model, SR3)), None)
-    if sr3 is None:
+    if "SR3" not in models:
         return
-    high_res, low_res, context = make_pair(images, sr3.config.data)
-    samples = draw(sr3, context.repeat_interleave(8, dim=0))
-    samples = rearrange(samples, "(b k) c h w -> b k c h w", k=8)
-    given, truth = to_unit(utils.enlarge_pixels(low_res, high_res.shape[2])), to_unit(high_res)
-    answer = [draw(models[0], context)] if isinstance(models[0].model, Regression) else []
-    few = [given, *answer, *samples.unbind(1)[:4], truth]
-    all_of_them = [given, *samples.unbind(1), samples.mean(1), *answer, truth]
-    for name, columns, scale in (("comparison", few, 3), ("diversity", all_of_them, 2)):
+    data = models["SR3"].config.data
+    high_res, low_res, context = make_pair(images, data)
+    samples = draw(models["SR3"], context.repeat_interleave(8, dim=0))
+    samples = rearrange(samples, "(b k) c h w -> k b c h w", k=8)
+    given, truth = to_unit(utils.upsample(low_res, data.image_size, "nearest-exact")), to_unit(high_res)
+    answer = [draw(models["regression"], context)] if "regression" in models else []
+    few, many = [given, *answer, *samples[:4], truth], [given, *samples, samples.mean(0), *answer, truth]
+    for name, columns, scale in (("comparison", few, 3), ("diversity", many, 2)):
         grid = torch.stack(columns, dim=1).flatten(0, 1)
-        utils.save_grid(output_dir / f"{name}.png", grid, len(columns), sr3.config.data.dataset, scale)
+        utils.save_grid(output_dir / f"{name}.png", grid, len(columns), data.dataset, scale)
 
 
+@utils.errors_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
-    def script():
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.error = fail
-        parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of train_mnist.py, or shipped")
-        parser.add_argument("--num_images", type=int, default=1000, help="test images to judge by; default: 1000")
-        parser.add_argument("--data_dir", default=HERE / "data", help="where data sets are; default: data")
-        parser.add_argument("--output_dir", default=HERE / "output", help="where the table goes; default: output")
-        parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
-        flags = parser.parse_args(arguments)
-        if flags.num_images < 1:
-            raise InputError(f"--num_images is {flags.num_images}: give 1 or more")
-        evaluate(flags)
-
-    utils.run_script(script)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of train_mnist.py, or shipped")
+    parser.add_argument("--num_images", type=int, default=1000, help="test images to judge by; default: 1000")
+    parser.add_argument("--data_dir", default=HERE / "data", help="where data sets are; default: data")
+    parser.add_argument("--output_dir", default=HERE / "output", help="where the table goes; default: output")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
+    flags = parser.parse_args(arguments)
+    if flags.num_images < 1:
+        raise InputError(f"--num_images is {flags.num_images}: give 1 or more")
+    evaluate(flags)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,16 @@ import functools
 import io
 import itertools
 import os
+import signal
 import socket
 import tomllib
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, fields, is_dataclass
 from http.client import HTTPException
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_origin
+from urllib.error import URLError
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what an Apple GPU lacks, its CPU does
 
@@ -54,12 +55,13 @@ def fail(message: object, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-def run_script(function: Callable, if_stopped: str = "stopped", if_too_large: str = "give fewer images") -> None:
-    """Calls a script's main part; what goes wrong with its input, files, memory or keyboard becomes one line."""
+@contextmanager
+def errors_in_one_line(if_stopped: str = "stopped", if_too_large: str = "give fewer images"):
+    """Around a script's main part: what goes wrong with its input, files, memory or keyboard becomes one line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console without γ shows a question mark
     try:
-        function()
+        yield
         sys.stdout.flush()
     except InputError as error:
         fail(error)
@@ -67,7 +69,7 @@ def run_script(function: Callable, if_stopped: str = "stopped", if_too_large: st
         if error.filename is None:  # the output's reader is gone, or its disk is full: what is left goes nowhere
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fail(f"{error.filename or 'the output'}: {error.strerror or error}")
+        fail(f"{error.filename or 'the output'}: {error.strerror or error}; mend that, or give another path")
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             fail(f"out of memory; {if_too_large} ({str(error)[:100] or type(error).__name__})")
@@ -84,129 +86,135 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
+def catch_signals() -> list[int]:
+    """A list that collects Ctrl-C and SIGTERM, so that the step can finish; a second one ends the script.
+
+    With several ranks the first one does, since they would not all stop after the same step.
+    """
+    received = []
+
+    def receive(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM) if RANKS == 1 else ():
+        signal.signal(number, receive)
+    return received
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: the keys of configs/*.toml, where each is explained, with their types and what values they may take
-
-
-def between(low, high):
-    """A number, or each number of a list, that must be in [low, high]."""
-    return field(metadata={"allowed": lambda value: low <= value <= high, "hint": f"from {low:,} to {high:,}"})
-
-
-def one_of(*choices: str):
-    return field(metadata={"allowed": choices.__contains__, "hint": "one of " + ", ".join(map(repr, choices))})
+# Settings: the keys of configs/*.toml, where each is explained, with their types and the values they may take
 
 
 @dataclass
 class DataConfig:
-    dataset: str = one_of("mnist", "fashion_mnist", "cifar10", "folder", "digits")
-    fallback: str = one_of("digits", "")
-    image_size: int = between(16, 1024)
-    low_res_size: int = between(1, 1023)
-    channels: int = between(1, 3)
+    dataset: Literal["mnist", "fashion_mnist", "cifar10", "folder", "digits"]
+    fallback: Literal["digits", ""]
+    image_size: Annotated[int, 16, 1024]
+    low_res_size: Annotated[int, 1, 1023]
+    channels: Annotated[int, 1, 3]
 
 
 @dataclass
 class ModelConfig:
-    features: int = between(8, 1024)
-    channel_multipliers: list[int] = between(1, 64)
-    blocks_per_level: int = between(1, 16)
-    attention_resolutions: list[int] = between(1, 1024)
-    attention_heads: int = between(1, 64)
-    dropout: float = between(0, 0.9)
+    features: Annotated[int, 8, 1024]
+    channel_multipliers: list[Annotated[int, 1, 64]]
+    blocks_per_level: Annotated[int, 1, 16]
+    attention_resolutions: list[Annotated[int, 1, 1024]]
+    attention_heads: Annotated[int, 1, 64]
+    dropout: Annotated[float, 0, 0.9]
 
 
 @dataclass
 class DiffusionConfig:
-    num_timesteps: int = between(1, 100_000)
-    beta_start: float = between(1e-7, 0.999)
-    beta_end: float = between(1e-7, 0.999)
+    num_timesteps: Annotated[int, 1, 100_000]
+    beta_start: Annotated[float, 1e-7, 0.999]
+    beta_end: Annotated[float, 1e-7, 0.999]
 
 
 @dataclass
 class SamplingConfig:
-    steps: int = between(1, 100_000)
-    variance: str = one_of("posterior", "forward")
+    steps: Annotated[int, 1, 100_000]
+    variance: Literal["posterior", "forward"]
 
 
 @dataclass
 class TrainingConfig:
-    num_training_steps: int = between(1, 10**9)
-    batch_size: int = between(1, 10**6)
-    learning_rate: float = between(1e-9, 1)
-    warmup_steps: int = between(0, 10**9)
-    max_grad_norm: float = between(1e-6, 1e6)
-    ema_decay: float = between(0, 0.999999)
-    sample_every: int = between(1, 10**9)
-    early_samples: list[int] = between(1, 10**9)
-    precision: str = one_of("auto", "float32", "bfloat16", "float16")
-    seed: int = between(0, 2**31 - 1)
+    num_training_steps: Annotated[int, 1, 10**9]
+    batch_size: Annotated[int, 1, 10**6]
+    learning_rate: Annotated[float, 1e-9, 1]
+    warmup_steps: Annotated[int, 0, 10**9]
+    max_grad_norm: Annotated[float, 1e-6, 1e6]
+    ema_decay: Annotated[float, 0, 0.999999]
+    sample_every: Annotated[int, 1, 10**9]
+    early_samples: list[Annotated[int, 1, 10**9]]
+    precision: Literal["auto", "float32", "bfloat16", "float16"]
+    seed: Annotated[int, 0, 2**31 - 1]
 
 
 @dataclass
 class Config:
+    method: Literal["sr3", "regression"]
     data: DataConfig
     model: ModelConfig
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     training: TrainingConfig
-    method: str = one_of("sr3", "regression")
 
 
 def load_config(path: str | Path, **training: int | None) -> Config:
     """Read a config file; keyword arguments that are not None replace settings of its [training] section.
 
-    Raises InputError for a file that is missing or is no TOML, a key that is unknown or missing, a value of the wrong
-    type or out of range, and sizes that don't go together.
+    Raises InputError for a file that is no TOML, a key that is unknown or missing, a value of the wrong type or out of
+    range, and sizes that don't go together.
     """
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"config {path} can't be read: {error.strerror}; give one by --config_path") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"config {path} is not valid TOML: {error}") from None
+        raise InputError(f"{path} is not valid TOML: {error}") from None
     if isinstance(values.get("training"), dict):
-        values["training"] |= {key: value for key, value in training.items() if value is not None}
-    return parse_config(values, path)
-
-
-def parse_config(values: dict, source: str | Path) -> Config:
-    """Turn nested dictionaries into a Config; errors as `load_config`, naming `source`."""
-    config = parse_section(Config, values, f"{source}: ")
-    for name, value, limit, of in (
-        ("data.low_res_size", config.data.low_res_size, config.data.image_size - 1, "image_size - 1"),
-        ("sampling.steps", config.sampling.steps, config.diffusion.num_timesteps, "num_timesteps"),
-    ):
-        if value > limit:
-            raise InputError(f"{source}: {name} is {value}: it must be at most {of}, {limit}")
+        values["training"] |= {name: value for name, value in training.items() if value is not None}
+    config = parse_config(values, f"{path}: ")
+    small, size = config.data.low_res_size, config.data.image_size
+    if small >= size:
+        raise InputError(f"{path}: data.low_res_size is {small}: it must be less than image_size, {size}")
+    steps, T = config.sampling.steps, config.diffusion.num_timesteps
+    if steps > T:
+        raise InputError(f"{path}: sampling.steps is {steps}: it must be at most num_timesteps, {T}")
     return config
 
 
-def parse_section(section: type, values: dict, where: str):
-    """Make a dataclass of a dictionary, checking names, types and ranges; `where` opens its error lines."""
-    known = {f.name: f for f in fields(section)}
-    for name in [*values, *known]:
-        if name not in known or name not in values:
-            fault = "is missing" if name in known else "is not a setting"
-            raise InputError(f"{where}{name} {fault}; the settings here are {', '.join(known)}")
-    settings = {}
-    for name, value in values.items():
-        kind, check = known[name].type, known[name].metadata
-        if is_dataclass(kind):
-            settings[name] = parse_section(kind, value if isinstance(value, dict) else {}, f"{where}{name}.")
-            continue
-        value = float(value) if kind is float and type(value) is int else value
-        items, item_kind = [value], kind
-        if kind == list[int] and type(value) is list:
-            items, item_kind = value, int
-        if not all(type(item) is item_kind and check["allowed"](item) for item in items):
-            raise InputError(f"{where}{name} is {value!r}: it must be {kind.__name__}, {check['hint']}")
-        settings[name] = value
-    return section(**settings)
+def parse_config(value: object, name: str, kind: type = Config):
+    """A value of a config as its type wants it: at the top, a whole config of nested dictionaries.
+
+    Raises InputError for what is missing, unknown, of the wrong type or out of range; `name` opens its line.
+    """
+    if is_dataclass(kind):
+        kinds, values = {f.name: f.type for f in fields(kind)}, dict(value) if isinstance(value, dict) else {}
+        for key in sorted(kinds.keys() ^ values.keys()):
+            fault = "is missing" if key in kinds else "is not a setting"
+            raise InputError(f"{name}{key} {fault}; the settings here are {', '.join(kinds)}")
+        for key, of in kinds.items():
+            values[key] = parse_config(values[key], f"{name}{key}" + "." * is_dataclass(of), of)
+        return kind(**values)
+    arguments = get_args(kind)
+    if get_origin(kind) is list:
+        if isinstance(value, list):
+            return [parse_config(item, name, *arguments) for item in value]
+        valid, hint = False, "a list"
+    elif get_origin(kind) is Literal:
+        valid, hint = value in arguments, f"one of {', '.join(map(repr, arguments))}"
+    else:
+        number, low, high = arguments
+        valid = type(value) in (int, number) and low <= value <= high
+        hint = f"{number.__name__}, from {low:,} to {high:,}"
+    if not valid:
+        raise InputError(f"{name} is {value!r}: it must be {hint}")
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The machine: device, precision, ranks
+# The machine: device, precision, memory layout, compiler
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -216,20 +224,16 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.split(":")[0]
-    if kind not in ("cuda", "mps", "cpu"):
-        raise InputError(f"device {name} is not one of cuda, mps and cpu; leave out --device to use what is there")
-    if RANKS > 1 and kind == "mps":
-        raise InputError(f"device {name} with {RANKS} ranks: there is one Apple GPU; give --device cpu")
+    kind, kinds = name.split(":")[0], ("cuda", "mps", "cpu") if RANKS == 1 else ("cuda", "cpu")
+    if kind not in kinds:
+        raise InputError(f"device {name} with {RANKS} rank(s) is not one of {', '.join(kinds)}; give another --device")
     if RANKS > 1 and kind == "cuda":
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > (gpus := torch.cuda.device_count()):
-            raise InputError(f"there are more ranks than GPUs, {gpus}; give --nproc_per_node={gpus}, or --device cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {name} is not there ({reason}); leave out --device to use what is") from None
+        reason = str(error)[:80]
+        raise InputError(f"device {name} is not there ({reason}); give another --device, or fewer ranks") from None
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -256,18 +260,13 @@ def choose_layout(features: int, device: torch.device) -> torch.memory_format:
 
 
 def compile_networks(networks: list[nn.Module], wanted: bool | None, device: torch.device) -> None:
-    """torch.compile each network in place, by default on GPUs with Triton; says so in one line where it can't work."""
-    missing = device.type == "cuda" and find_spec("triton") is None
-    if wanted is None:
-        wanted = device.type == "cuda" and not missing
-    if not wanted:
+    """torch.compile each network in place, by default on GPUs; one line says so where it can't work."""
+    if not (device.type == "cuda" if wanted is None else wanted):
         return
     try:
-        if missing:
-            raise ImportError("Triton is not installed")
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))  # fails where the compiler is missing
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))  # fails without Triton, or a C++ compiler
     except Exception as error:
-        reason = str(error) if missing else type(error).__name__
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"torch.compile doesn't work here ({reason}); going on without it", file=sys.stderr)
         torch._dynamo.reset()
         return
@@ -279,36 +278,33 @@ def compile_networks(networks: list[nn.Module], wanted: bool | None, device: tor
 # Data sets: all of them become uint8 [N, C, S, S], which is small enough to lie in the device's memory as a whole
 
 
-def load_data(config: DataConfig, data_dir: str | Path) -> tuple[str, tuple, tuple]:
-    """The name of the data set, its training and its test set as `load_data_set` gives them.
+def load_data(config: DataConfig, data_dir: str | Path) -> list[tuple[Tensor, Tensor | None]]:
+    """The training and the test set, as `load_data_set` gives them; where they can't be had, those of the fallback.
 
-    Where it can't be had, that is the config's fallback. With several ranks the first one loads, which may download and
-    unpack, while the others wait to be told its choice.
+    `config.dataset` then becomes that. With several ranks the first one loads, which may download and unpack, while the
+    others wait to be told what it has chosen.
     """
 
-    def load(name: str) -> list[tuple]:
-        return [load_data_set(name, train, data_dir, config.image_size, config.channels) for train in (True, False)]
+    def load() -> list[tuple[Tensor, Tensor | None]]:
+        return [load_data_set(config, train, data_dir) for train in (True, False)]
 
-    name = config.dataset
     if RANK == 0:
         try:
-            sets = load(name)
+            sets = load()
         except DatasetUnavailable as error:
             if not config.fallback:
                 raise
-            name, line = config.fallback, "!" * 100
-            print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN {name.upper()} INSTEAD.\n{line}", file=sys.stderr)
-            sets = load(name)
+            config.dataset, line = config.fallback, "!" * 100
+            print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN DIGITS INSTEAD.\n{line}", file=sys.stderr)
+            sets = load()
     if RANKS > 1:
-        names = [name]
-        dist.broadcast_object_list(names)  # NCCL's init_process_group doesn't wait, this does
-        name = names[0]
-    return name, *(sets if RANK == 0 else load(name))
+        chosen = [config.dataset]
+        dist.broadcast_object_list(chosen)  # NCCL's init_process_group doesn't wait, this does
+        config.dataset = chosen[0]
+    return sets if RANK == 0 else load()
 
 
-def load_data_set(
-    dataset: str, train: bool, data_dir: str | Path, image_size: int, channels: int
-) -> tuple[Tensor, Tensor | None]:
+def load_data_set(config: DataConfig, train: bool, data_dir: str | Path) -> tuple[Tensor, Tensor | None]:
     """A data set's training or test images, uint8 [N, channels, image_size, image_size] in 0…255, and their labels.
 
     "mnist", "fashion_mnist" and "cifar10" are read from `data_dir`, downloaded into it first where they are missing;
@@ -316,16 +312,16 @@ def load_data_set(
     and antialiased. Labels are int64 [N] from 0; a folder has None. Raises DatasetUnavailable without files and
     network, InputError for files that are damaged.
     """
-    labels = None
-    if dataset == "digits":
-        return draw_digits(60_000 if train else 10_000, image_size, channels, seed=0 if train else 1)
-    if dataset == "folder":
-        images = load_folder(Path(data_dir), image_size)
+    size, channels, labels = config.image_size, config.channels, None
+    if config.dataset == "digits":
+        return draw_digits(60_000 if train else 10_000, size, channels, seed=0 if train else 1)
+    if config.dataset == "folder":
+        images = load_folder(Path(data_dir), size)
         is_test = torch.arange(len(images)) % 10 == 0
         images = images[is_test != train] if len(images) > 1 else images
     else:
-        images, labels = load_torchvision(dataset, train, Path(data_dir))
-        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
+        images, labels = load_torchvision(config.dataset, train, Path(data_dir))
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     if channels == 1 and images.shape[1] == 3:
         images = torch.cat([TF.rgb_to_grayscale(part.float()).round().byte() for part in images.split(1000)])
     return images.expand(-1, channels, -1, -1).contiguous(), labels
@@ -333,32 +329,27 @@ def load_data_set(
 
 def load_torchvision(dataset: str, train: bool, data_dir: Path) -> tuple[Tensor, Tensor]:
     """uint8 [N, C, H, W] of MNIST, Fashion-MNIST or CIFAR-10, int64 [N]; errors as `load_data_set`."""
-    names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-    kind = getattr(torchvision.datasets, names[dataset])
+    name = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
+    kind = getattr(torchvision.datasets, name)
     if dataset == "cifar10":
         folder, archives = data_dir, [(kind.filename, kind.tgz_md5)]
     else:
-        folder, archives = data_dir / names[dataset] / "raw", kind.resources
-    for name, md5 in archives:
-        if (folder / name).exists() and not check_integrity(folder / name, md5):
-            raise InputError(f"{folder / name} is damaged (its MD5 is not {md5}); delete or replace it")
+        folder, archives = data_dir / name / "raw", kind.resources
+    for file, md5 in archives:
+        if (folder / file).exists() and not check_integrity(folder / file, md5):
+            raise InputError(f"{folder / file} is damaged (its MD5 is not {md5}); delete or replace it")
+    socket.setdefaulttimeout(30)  # seconds: a server that doesn't answer must not hang the lesson
     try:
-        data = kind(data_dir, train=train)
+        data = kind(data_dir, train=train, download=True)  # only what is missing
     except Exception as error:
-        if not str(error).startswith("Dataset not found"):
-            reason = str(error) or type(error).__name__
-            raise InputError(f"{dataset} in {folder} is damaged ({reason}); delete it and run again") from None
-        socket.setdefaulttimeout(30)  # seconds: a server that doesn't answer must not hang the lesson
-        try:
-            data = kind(data_dir, train=train, download=True)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            reason = f"{error.strerror}; copy what is there to a folder of your own for --data_dir"
-            raise InputError(f"{folder} can't be written: {reason}") from None
-        except (RuntimeError, OSError, HTTPException) as error:
-            files, reason = ", ".join(name for name, _ in archives), " ".join(str(error).split())
-            raise DatasetUnavailable(
-                f"{dataset} could not be downloaded ({reason}); put {files} into {folder.resolve()}"
-            ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        offline = isinstance(error, (URLError, HTTPException, TimeoutError, ConnectionError))
+        if offline or reason.startswith(("Error downloading", "File not found")):
+            files = f"{', '.join(file for file, _ in archives)} into {folder.resolve()}"
+            raise DatasetUnavailable(f"{dataset} could not be downloaded ({reason}); put {files}") from None
+        if isinstance(error, OSError) and error.filename:  # such as a folder that can't be written
+            raise
+        raise InputError(f"{dataset} in {folder} is damaged ({reason}); delete it and run again") from None
     images = torch.as_tensor(data.data)  # [N, H, W], or [N, H, W, 3] from CIFAR-10
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return images, torch.as_tensor(data.targets)
@@ -366,33 +357,30 @@ def load_torchvision(dataset: str, train: bool, data_dir: Path) -> tuple[Tensor,
 
 @functools.cache
 def load_folder(folder: Path, image_size: int) -> Tensor:
-    """All images below a folder, centre-cropped to squares and resized: uint8 [N, 3, image_size, image_size].
+    """All images below a folder, upright, centre-cropped to squares and resized: uint8 [N, 3, image_size, image_size].
 
-    They are turned as their EXIF data says; grey levels of more than 8 bits are scaled to 0…255. Files that can't be
-    read are named on stderr and left out, and small ones are counted. Raises InputError where no image remains.
+    Files that can't be read are named on stderr and left out. Raises InputError where no image remains.
     """
     images, small = [], []
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS):
         try:
             picture = ImageOps.exif_transpose(Image.open(path))
-            if picture.mode[0] in "IF":  # one grey level a pixel, of 16 or 32 bits: white is what the type suggests
-                grey = torch.from_numpy(np.asarray(picture).astype(np.float32))  # [height, width]
-                whites = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
-                white = next((white for white in whites if grey.max() <= white), grey.max())
-                image = (255 * grey / white).round().clamp(0, 255).byte().expand(3, -1, -1)
+            if picture.mode[0] in "IF":  # grey, as whole numbers of 16 bits or more, or as fractions
+                grey = torch.from_numpy(np.asarray(picture, dtype=np.float32))  # [height, width]
+                white = max(65_535 if picture.mode[0] == "I" else 1, grey.max())
+                image = (255 * grey / white).round().clamp(min=0).byte().expand(3, -1, -1)
             else:
                 image = TF.pil_to_tensor(picture.convert("RGB"))  # [3, height, width]
         except Exception as error:  # a damaged picture can raise almost anything
             print(f"skipping {path}: {error}", file=sys.stderr)
             continue
         side = min(image.shape[1:])
-        small += [path] * (side < image_size)
+        small += [str(path)] * (side < image_size)
         images.append(TF.resize(TF.center_crop(image, side), [image_size, image_size], antialias=True))
     if not images:
         raise InputError(f"no readable image ({', '.join(IMG_EXTENSIONS)}) below {folder}; give another --data_dir")
     if small:
-        names = ", ".join(str(path) for path in small[:3]) + (", …" if len(small) > 3 else "")
-        print(f"{len(small)} smaller than {image_size}×{image_size}, enlarged: {names}", file=sys.stderr)
+        print(f"{len(small)} of less than {image_size}×{image_size} enlarged: {', '.join(small[:3])}…", file=sys.stderr)
     return torch.stack(images)
 
 
@@ -428,11 +416,10 @@ def draw_glyph(strokes: str, pen: int) -> Tensor:
 
 
 def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw digits that look handwritten, for when MNIST can't be downloaded (our own drawing, no data needed).
+    """Digits that look handwritten, uint8 [N, channels, image_size, image_size] in 0…255, and labels, int64 [N] in 0…9.
 
-    Returns images, uint8 [N, channels, image_size, image_size] in 0…255, and labels, int64 [N] in 0…9. One channel
-    is a white pen on black; three are a coloured pen on a dark coloured ground. Image i depends on the seed, the
-    size, the channels and i only; its shape and label don't depend on the channels.
+    One channel is a white pen on black; three are a coloured pen on a dark coloured ground. Image i depends on the
+    seed, the size, the channels and i only; its shape and label don't depend on the channels.
     """
     glyphs = torch.stack([draw_glyph(style, pen) for styles in STROKES for style in styles for pen in PENS])
     generator = torch.Generator().manual_seed(seed)
@@ -475,32 +462,24 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def downsample(images: Tensor, size: int) -> Tensor:
-    """Shrink [B, C, H, W] in [-1, 1] to [B, C, size, size] bicubically, with antialiasing, clamped to [-1, 1].
+    """Shrink [B, C, H, W] in [-1, 1] to [B, C, size, size] bicubically, with antialiasing.
 
-    Bicubic weights are partly negative and overshoot at edges, but a low-resolution image is an image.
+    Bicubic weights are partly negative and overshoot at edges; since a low-resolution image is one, it is clamped.
     """
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def upsample(images: Tensor, size: int) -> Tensor:
-    """Enlarge [B, C, h, w] to [B, C, size, size] bicubically: the context x, which overshoots a little at edges."""
-    return F.interpolate(images, (size, size), mode="bicubic")
-
-
-def enlarge_pixels(images: Tensor, size: int) -> Tensor:
-    """[B, C, h, w] at [B, C, size, size], each pixel a square: to show a low-resolution image as it is."""
-    return F.interpolate(images, (size, size), mode="nearest-exact")
+def upsample(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Enlarge [B, C, h, w] to [B, C, size, size]: to the context x, or with "nearest-exact" to squares, to look at."""
+    return F.interpolate(images, (size, size), mode=mode)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files: written whole or not at all
+# Files: written whole or not at all. What can't be read or written raises OSError, which becomes one line
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file such that at every moment, whatever happens, it is either the old one or the new one, whole.
-
-    Raises InputError where it can't be written.
-    """
+    """Replace a file such that at every moment, whatever happens, it is either the old one or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -511,45 +490,36 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = f"{error.strerror}; make room there, or give another --output_dir"
-        raise InputError(f"{path} can't be written: {reason}") from None
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
 
 
 def prepare_output(output_dir: Path, keep: bool) -> None:
-    """Make the output folder; what an earlier training left in it is moved to a folder of its own, unless `keep`.
-
-    Raises InputError where nothing can be written there.
-    """
+    """Make the output folder; what an earlier training left in it is moved to a folder of its own, unless `keep`."""
     names = ["log.csv", "checkpoint.pt", "refinement.gif", "results.md", "results.json", "diversity.png"]
     names += ["comparison.png", *(f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement"))]
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(output_dir / ".probe", bytes(4096))  # a full disk shows before anything is moved
-        (output_dir / ".probe").unlink()
-        earlier = [path for name in names for path in output_dir.glob(name)]
-        if earlier and not keep:
-            folder = next(f for i in itertools.count(1) if not (f := output_dir / f"earlier-{i}").exists())
-            folder.mkdir()
-            for path in earlier:  # log.csv first, which may be open in a spreadsheet
-                path.rename(folder / path.name)
-            print(f"the results of an earlier run are now in {folder}")
-    except OSError as error:
-        reason = f"{error.strerror}; give another --output_dir"
-        raise InputError(f"output folder {output_dir} can't be written: {reason}") from None
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(output_dir / ".probe", bytes(4096))  # a full disk shows before anything is moved
+    (output_dir / ".probe").unlink()
+    earlier = [path for name in names for path in output_dir.glob(name)]
+    if earlier and not keep:
+        folder = next(f for i in itertools.count(1) if not (f := output_dir / f"earlier-{i}").exists())
+        folder.mkdir()
+        for path in earlier:  # log.csv first, which may be open in a spreadsheet
+            path.rename(folder / path.name)
+        print(f"the results of an earlier run are now in {folder}")
 
 
-def save_log(path: Path, columns: str, rows: list[list]) -> None:
-    """Write the log as CSV: a header, then the rows; numbers with six digits, what a row lacks stays empty.
+def save_log(path: Path, columns: list[str], rows: list[dict]) -> None:
+    """Write the log as CSV: a header, then the rows; what a row lacks stays empty.
 
     One that can't be written, such as one that is open in a spreadsheet, is only warned of: the next row tries again.
     """
-    width = columns.count(",") + 1
-    lines = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    lines = [",".join(line + [""] * (width - len(line))) for line in lines]
+    cells = [[row.get(name, "") for name in columns] for row in rows]
+    lines = [",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in line) for line in cells]
     try:
-        write_atomically(path, "\n".join([columns, *lines, ""]).encode())
-    except InputError as error:
-        print(f"\n{error}; going on", file=sys.stderr)
+        write_atomically(path, "\n".join([",".join(columns), *lines, ""]).encode())
+    except OSError as error:
+        print(f"\n{path} can't be written: {error.strerror}; going on", file=sys.stderr)
 
 
 def picture_of(images: Tensor, columns: int, scale: int) -> Image.Image:
@@ -570,54 +540,31 @@ def save_grid(path: Path, images: Tensor, columns: int, description: str, scale:
 
 def save_animation(path: Path, frames: list[Tensor], columns: int) -> None:
     """Write grids, each [N, C, H, W] in [0, 1], as a GIF of twice their size that loops and pauses at its end."""
-    pictures = [picture_of(frame, columns, scale=2) for frame in frames]
-    if frames[0].shape[1] == 1:
-        pictures = [picture.convert("L") for picture in pictures]  # exact; colours become a palette
-    first, *others = pictures
+    mode = "L" if frames[0].shape[1] == 1 else "RGB"  # grey is exact in a GIF; colours become a palette
+    first, *others = [picture_of(frame, columns, scale=2).convert(mode) for frame in frames]
     buffer, milliseconds = io.BytesIO(), [120] * len(others) + [3000]
     first.save(buffer, format="gif", save_all=True, append_images=others, duration=milliseconds, loop=0)
     write_atomically(path, buffer.getvalue())
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write nested dictionaries of tensors and plain values."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_atomically(path, buffer.getvalue())
 
 
-WEIGHTS = {"config": dict, "dataset": str, "step": int, "ema": dict}  # what drawing needs of a checkpoint
-TRAINING = WEIGHTS | {"log": list, "model": dict, "optimizer": dict, "scaler": dict}  # and what resuming needs
+WEIGHTS = ("config", "step", "ema")  # what drawing needs of a checkpoint
+TRAINING = (*WEIGHTS, "log", "model", "optimizer", "scaler")  # what resuming needs
 
 
-def load_checkpoint(path: str | Path, parts: dict[str, type] = WEIGHTS) -> dict:
-    """What `save_checkpoint` wrote, on the CPU. Raises InputError where it can't be read or a part is missing."""
+def load_checkpoint(path: str | Path, parts: tuple[str, ...] = WEIGHTS) -> dict:
+    """What `save_checkpoint` wrote, on the CPU. Raises InputError where it is something else, or a part is missing."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(
-            f"there is no checkpoint {path}; give the path of one, or to resume, its --output_dir"
-        ) from None
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        return {name: checkpoint[name] for name in parts}
+    except Exception as error:  # what a damaged file raises depends on where the damage is
         if isinstance(error, OSError) or out_of_memory(error):
-            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
-            raise InputError(f"{path} can't be read: {reason}") from None
-        reason = f"is no checkpoint of this lesson, or is cut off ({type(error).__name__}); give another"
-        raise InputError(f"{path} {reason}") from None
-    for name, kind in parts.items():
-        found = checkpoint.get(name) if isinstance(checkpoint, dict) else None
-        if not isinstance(found, kind):
-            reason = f"{name} is {str(found)[:40]}, not of type {kind.__name__}; give another"
-            raise InputError(f"{path} is no checkpoint of this lesson: {reason}")
-    return checkpoint
-
-
-def check_same_run(checkpoint: dict, config: Config, dataset: str, path: Path) -> None:
-    """Raises InputError where a checkpoint is of another data set or method, or has another network or diffusion."""
-    old, new = asdict(parse_config(checkpoint["config"], path)), asdict(config)
-    old["data"] |= {"dataset": checkpoint["dataset"], "fallback": ""}  # what was really used
-    new["data"] |= {"dataset": dataset, "fallback": ""}
-    pairs = [("method", old["method"], new["method"])]
-    pairs += [(f"{s}.{key}", old[s][key], now) for s in ("data", "model", "diffusion") for key, now in new[s].items()]
-    for name, before, now in pairs:
-        if before != now:
-            raise InputError(f"{name} is {now}, in the checkpoint it is {before}; to resume, set it back")
+            raise
+        reason = f"it is something else, cut off, or lacks one of {', '.join(parts)} ({type(error).__name__})"
+        raise InputError(f"{path} is no checkpoint of this lesson: {reason}; give another") from None

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import struct
 import sys
 import urllib.error
@@ -27,7 +26,7 @@ import utils
 
 TINY = {
     "dataset": "digits", "image_size": 16, "low_res_size": 4,
-    "features": 8, "channel_multipliers": [1, 2], "attention_resolutions": [8], "attention_heads": 2,
+    "features": 8, "channel_multipliers": [1, 2], "attention_resolutions": [8], "attention_heads": 2, "dropout": 0.1,
     "steps": 4, "num_training_steps": 20, "batch_size": 4, "sample_every": 20, "early_samples": [],
     "precision": "float32",
 }  # fmt: skip
@@ -36,17 +35,12 @@ DRAW_DIGITS = utils.draw_digits
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Downloads fail as without a network, and what a run sets for the whole process is put back."""
+    """Downloads fail as without a network."""
 
     def urlopen(*_, **__):
         raise urllib.error.URLError("no network in tests")
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    timeout, handlers = socket.getdefaulttimeout(), [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    socket.setdefaulttimeout(timeout)
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 @functools.cache
@@ -78,28 +72,29 @@ def tiny_config(tmp_path):
     return lambda **changes: write_tiny_config(tmp_path / "tiny.toml", **changes)
 
 
+def write_mnist_files(data_dir, train, test, name="MNIST"):
+    """Writes uint8 images [N, 28, 28] as MNIST's files; image i has the label i modulo 10."""
+    raw = data_dir / name / "raw"
+    raw.mkdir(parents=True)
+    for prefix, images in (("train", train), ("t10k", test)):
+        header = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)  # uint8, three dimensions
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        labels = struct.pack(">4BI", 0, 0, 8, 1, len(images)) + bytes(i % 10 for i in range(len(images)))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+    return data_dir
+
+
 @pytest.fixture
 def write_mnist(tmp_path):
-    """Called with uint8 training and test images [N, 28, 28], writes them below a new --data_dir as MNIST's files."""
-
-    def write(train, test, name="MNIST"):
-        raw = tmp_path / "data" / name / "raw"
-        raw.mkdir(parents=True)
-        for prefix, images in (("train", train), ("t10k", test)):
-            header = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)  # uint8, three dimensions
-            (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + bytes(images.flatten().tolist()))
-            labels = struct.pack(">4BI", 0, 0, 8, 1, len(images)) + bytes(i % 10 for i in range(len(images)))
-            (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
-        return tmp_path / "data"
-
-    return write
+    """Called with training and test images, writes them below a new --data_dir as MNIST's files."""
+    return functools.partial(write_mnist_files, tmp_path / "data")
 
 
-@pytest.fixture
-def small_mnist(write_mnist):
+@pytest.fixture(scope="session")
+def small_mnist(tmp_path_factory):
     """A --data_dir with 100 drawn digits for training and 70 for testing as MNIST's files: new processes start fast."""
     train, test = (DRAW_DIGITS(number, 28, 1, seed)[0][:, 0] for number, seed in ((100, 0), (70, 1)))
-    return write_mnist(train, test)
+    return write_mnist_files(tmp_path_factory.mktemp("data"), train, test)
 
 
 def flags_of(config, output, *flags):
@@ -121,10 +116,6 @@ def run(config, output, *flags):
 
 def checkpoint_of(output):
     return torch.load(output / "checkpoint.pt", weights_only=True)
-
-
-def snapshot(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def lines_of(script, error):

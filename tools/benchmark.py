@@ -94,6 +94,7 @@ def measure(flags: argparse.Namespace, form: str) -> dict[str, float]:
     }
 
 
+@utils.errors_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default=utils.HERE / "configs/mnist.toml")
@@ -115,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    main()

@@ -10,14 +10,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 
 
+@utils.errors_in_one_line()
 def main() -> None:
     if len(sys.argv) != 3:
         raise utils.InputError(f"give a checkpoint and where its weights go, not {sys.argv[1:]}")
-    checkpoint = utils.load_checkpoint(sys.argv[1])
-    checkpoint = {name: checkpoint[name] for name in utils.WEIGHTS}
+    checkpoint = utils.load_checkpoint(sys.argv[1])  # what drawing needs of it
     checkpoint["ema"] = {name: weight.half() for name, weight in checkpoint["ema"].items()}
     utils.save_checkpoint(Path(sys.argv[2]), checkpoint)
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    main()

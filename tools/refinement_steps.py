@@ -20,10 +20,11 @@ def spaced_evenly(model: SR3, steps: int) -> SR3:
     """The same network with a schedule of `steps` levels only, evenly spaced in the full one: draw with all of them."""
     T = len(model.gammas) - 1
     chosen = SR3(model.unet).to(model.gammas.device)
-    chosen.gammas = model.gammas[[i * T // steps for i in range(steps + 1)]]
+    chosen.config, chosen.gammas = model.config, model.gammas[[i * T // steps for i in range(steps + 1)]]
     return chosen
 
 
+@utils.errors_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
@@ -33,18 +34,15 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=128)
     flags = parser.parse_args()
     device = utils.choose_device(flags.device)
-    checkpoint = utils.load_checkpoint(flags.checkpoint)
-    config = utils.parse_config(checkpoint["config"], flags.checkpoint)
-    model, data = load_model(flags.checkpoint, device), config.data
-    images, _ = utils.load_data_set(checkpoint["dataset"], False, flags.data_dir, data.image_size, data.channels)
-    high_res = utils.to_float(images[-flags.num_images :]).to(device)
-    context = utils.upsample(utils.downsample(high_res, data.low_res_size), data.image_size)
+    model = load_model(flags.checkpoint, device)
+    data = model.config.data
+    images, _ = utils.load_data_set(data, False, flags.data_dir)
+    high_res, _, context = evaluate.make_pair(images[-flags.num_images :].to(device), data)
     reference, x = utils.to_unit(high_res), utils.to_unit(context)
 
     def cell(model: SR3, steps: int) -> str:
-        config.sampling.steps = steps
-        trained = evaluate.Trained(f"{steps} steps", model, config, checkpoint["step"])
-        first, second = (evaluate.draw(trained, context, seed) for seed in (0, 1))
+        model.config.sampling.steps = steps
+        first, second = (evaluate.draw(model, context, seed) for seed in (0, 1))
         error = metrics.squared_difference(first, reference)
         ratio = evaluate.summarize_ratio(metrics.squared_difference(first, second), error)
         text = f"{metrics.psnr(first, reference).mean():.2f} / {ratio['mean']:.2f}"
@@ -58,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    main()
