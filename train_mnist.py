@@ -10,7 +10,6 @@ Beside the paper (arXiv 2104.07636), read `training_step` here, then sr3.py and 
 
 import argparse
 import math
-import sys
 import time
 from copy import deepcopy
 from dataclasses import asdict
@@ -99,7 +98,7 @@ def train(run: "Run") -> None:
             losses, started = [], time.perf_counter()
     if run.step < settings.num_training_steps:
         print(f"stopped after step {run.step}; the same command with --resume goes on from there")
-        sys.exit(128 + stop_signals[0])
+        raise SystemExit(128 + stop_signals[0])
 
 
 def check_finite(run: "Run", loss: float, bar: tqdm) -> None:
@@ -113,16 +112,12 @@ def check_finite(run: "Run", loss: float, bar: tqdm) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # The pictures, the log and the checkpoint
 
-GRID = 64  # test images in a grid
 LOG_COLUMNS = ["dataset", "step", "loss", "learning_rate", "images_per_second", "psnr", "ssim", "consistency"]
 LOG_COLUMNS += ["bicubic_psnr", "bicubic_ssim", "bicubic_consistency"]
 
 
 def draw(run: "Run") -> dict[str, float]:
-    """Super-resolve the grid's images, and write one grid of each kind; returns the mean metrics.
-
-    Every call starts from the same noise, so that grids differ by the weights alone.
-    """
+    """Writes grids of what the averaged weights make of the same noise every time; returns the mean metrics."""
     config = run.config
     high_res, low_res, context = make_pair(run.grid_images, config)  # [64, C, H or h, W or w]
     generator = torch.Generator(run.device).manual_seed(config.training.seed)  # its own: training stays as it is
@@ -136,8 +131,8 @@ def draw(run: "Run") -> dict[str, float]:
     pixels = upsample(low_res, config.data.image_size, "nearest-exact")  # [64, C, H, W], still h × w squares
     chosen = []
     if config.method == "sr3":  # a regression has neither noise nor steps to show
-        last = len(estimates) - 1  # more of the first steps, which change most
-        chosen = [estimates[i] for i in sorted({0, *(round(last ** (i / 6)) for i in range(6))})]
+        steps = {0} | {round(config.sampling.steps ** (i / 6)) for i in range(6)}  # most change at first
+        chosen = [estimates[i] for i in sorted(steps)]
     columns = [pixels[:8], *chosen, super_res[:8], high_res[:8]]
     refinement = torch.stack(columns, dim=1).flatten(0, 1)  # a row for each image
     grids = {"hr": (high_res, 8), "lr": (pixels, 8), "sr": (super_res, 8), "refinement": (refinement, len(columns))}
@@ -197,8 +192,7 @@ class Run:
     """All that a training works with. What can be wrong with the flags is found here, before anything is written."""
 
     def __init__(self, flags: argparse.Namespace):
-        training = {name: getattr(flags, name) for name in ("num_training_steps", "batch_size", "seed")}
-        self.config = config = utils.load_config(flags.config_path, **training)
+        self.config = config = utils.load_config(flags.config_path, vars(flags))
         self.device = device = utils.choose_device(flags.device)
         precision = utils.choose_precision(config.training.precision, device)
         self.autocast = utils.choose_autocast(precision, device)  # the context that the network runs in: its precision
@@ -208,22 +202,18 @@ class Run:
             raise InputError(f"training.batch_size is {config.training.batch_size}: {RANKS} ranks don't divide it")
         checkpoint = utils.load_checkpoint(self.checkpoint_path, utils.TRAINING) if flags.resume else None
         if RANKS > 1:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         (images, _), (test_images, _) = utils.load_data(config.data, flags.data_dir)
         self.images = images.to(device)  # uint8 [N, C, H, W]: MNIST is 61 MB, so it lies on the device as a whole
-        self.grid_images = test_images[:GRID].to(device)
+        self.grid_images = test_images[:64].to(device)
 
         torch.manual_seed(config.training.seed)
         torch.backends.cudnn.benchmark = True  # shapes don't change, so the fastest convolutions are worth finding
         layout = utils.choose_layout(config.model.features, device)
         self.model = self.parallel = build_model(config).to(device, memory_format=layout)
         self.ema = deepcopy(self.model).eval().requires_grad_(False)  # the average of its weights, which draws
-        lr = config.training.learning_rate
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr, fused=device.type != "mps")
-        # Keeps float16's small gradients above 0.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=device.type != "mps")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)  # lifts small gradients
         self.step, self.log = 0, []
         if checkpoint:
             restore(self, checkpoint)
@@ -232,8 +222,7 @@ class Run:
             size, small = config.data.image_size, config.data.low_res_size
             weights = sum(weight.numel() for weight in self.model.parameters())
             print(f"{config.data.dataset}: {len(images):,} images of {size}×{size} from {small}×{small};", end=" ")
-            name = str(precision).removeprefix("torch.")
-            print(f"{weights:,} weights; {RANKS} × {device.type} in {name}; output: {self.output_dir}", flush=True)
+            print(f"{weights:,} weights; {RANKS} × {device.type} in {precision}; output: {self.output_dir}", flush=True)
         utils.compile_networks([self.model.unet, self.ema.unet], flags.compile, device)
         if RANKS > 1:
             self.parallel = DistributedDataParallel(self.model)  # averages the gradients of all ranks
@@ -255,7 +244,8 @@ def tell_duration(run: Run) -> None:
     print(f"in about {minutes * 1000:.0f}, give --num_training_steps 1000", flush=True)
 
 
-def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+@utils.errors_in_one_line("stopped; --resume goes on from the last checkpoint", "give a smaller --batch_size")
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--config_path", default=HERE / "configs/mnist.toml", help="default: configs/mnist.toml")
@@ -267,14 +257,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of weights, batches and noise")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on GPUs")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
-    return parser.parse_args(arguments)
-
-
-@utils.errors_in_one_line(
-    "stopped; --resume goes on from the last checkpoint, if there is one", "give a smaller batch_size"
-)
-def main(arguments: list[str] | None = None) -> None:
-    run = Run(parse_flags(arguments))
+    run = Run(parser.parse_args(arguments))
     tell_duration(run)
     train(run)
     if RANKS > 1:

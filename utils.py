@@ -162,8 +162,8 @@ class Config:
     training: TrainingConfig
 
 
-def load_config(path: str | Path, **training: int | None) -> Config:
-    """Read a config file; keyword arguments that are not None replace settings of its [training] section.
+def load_config(path: str | Path, flags: dict | None = None) -> Config:
+    """Read a config file; flags that are not None replace the settings of its [training] section that have their names.
 
     Raises InputError for a file that is no TOML, a key that is unknown or missing, a value of the wrong type or out of
     range, and sizes that don't go together.
@@ -172,8 +172,9 @@ def load_config(path: str | Path, **training: int | None) -> Config:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"{path} is not valid TOML: {error}") from None
-    if isinstance(values.get("training"), dict):
-        values["training"] |= {name: value for name, value in training.items() if value is not None}
+    training = values.get("training")
+    if flags and isinstance(training, dict):
+        training |= {name: flags[name] for name in training if flags.get(name) is not None}
     config = parse_config(values, f"{path}: ")
     small, size = config.data.low_res_size, config.data.image_size
     if small >= size:
@@ -227,9 +228,10 @@ def choose_device(name: str | None) -> torch.device:
     kind, kinds = name.split(":")[0], ("cuda", "mps", "cpu") if RANKS == 1 else ("cuda", "cpu")
     if kind not in kinds:
         raise InputError(f"device {name} with {RANKS} rank(s) is not one of {', '.join(kinds)}; give another --device")
-    if RANKS > 1 and kind == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        if RANKS > 1 and kind == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
         reason = str(error)[:80]

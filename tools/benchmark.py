@@ -46,7 +46,7 @@ def peak_memory() -> float:
 
 
 def measure(flags: argparse.Namespace, form: str) -> dict[str, float]:
-    config = utils.load_config(flags.config_path, batch_size=flags.batch_size)
+    config = utils.load_config(flags.config_path, vars(flags))
     device = utils.choose_device(flags.device)
     plain = form == "plain float32"
     precision = torch.float32 if plain else utils.choose_precision(config.training.precision, device)
