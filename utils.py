@@ -192,9 +192,10 @@ def parse_config(value: object, name: str, kind: type = Config):
     """
     if is_dataclass(kind):
         kinds, values = {f.name: f.type for f in fields(kind)}, dict(value) if isinstance(value, dict) else {}
-        for key in sorted(kinds.keys() ^ values.keys()):
-            fault = "is missing" if key in kinds else "is not a setting"
-            raise InputError(f"{name}{key} {fault}; the settings here are {', '.join(kinds)}")
+        for key in [*values, *kinds]:
+            if key not in kinds or key not in values:
+                fault = "is missing" if key in kinds else "is not a setting"
+                raise InputError(f"{name}{key} {fault}; the settings here are {', '.join(kinds)}")
         for key, of in kinds.items():
             values[key] = parse_config(values[key], f"{name}{key}" + "." * is_dataclass(of), of)
         return kind(**values)
@@ -368,7 +369,7 @@ def load_folder(folder: Path, image_size: int) -> Tensor:
         try:
             picture = ImageOps.exif_transpose(Image.open(path))
             if picture.mode[0] in "IF":  # grey, as whole numbers of 16 bits or more, or as fractions
-                grey = torch.from_numpy(np.asarray(picture, dtype=np.float32))  # [height, width]
+                grey = torch.from_numpy(np.array(picture, dtype=np.float32))  # [height, width]
                 white = max(65_535 if picture.mode[0] == "I" else 1, grey.max())
                 image = (255 * grey / white).round().clamp(min=0).byte().expand(3, -1, -1)
             else:
@@ -563,7 +564,7 @@ TRAINING = (*WEIGHTS, "log", "model", "optimizer", "scaler")  # what resuming ne
 def load_checkpoint(path: str | Path, parts: tuple[str, ...] = WEIGHTS) -> dict:
     """What `save_checkpoint` wrote, on the CPU. Raises InputError where it is something else, or a part is missing."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         return {name: checkpoint[name] for name in parts}
     except Exception as error:  # what a damaged file raises depends on where the damage is
         if isinstance(error, OSError) or out_of_memory(error):

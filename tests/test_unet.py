@@ -7,51 +7,41 @@ from sr3 import SR3
 from unet import ResidualBlock, UNet
 
 
-def small_unet(**changes):
-    settings = {
-        "image_channels": 1,
-        "features": 8,
-        "channel_multipliers": [1, 2],
-        "blocks_per_level": 1,
-        "attention_resolutions": [8],
-        "attention_heads": 2,
-        "dropout": 0.0,
-        "image_size": 16,
-    }
-    return UNet(**{**settings, **changes})
+def small_unet(image_channels=1, image_size=16, multipliers=(1, 2), blocks=1, attention=8):
+    return UNet(
+        image_channels, 8, multipliers, blocks, [attention], attention_heads=2, dropout=0.0, image_size=image_size
+    )
 
 
-def shake(module):
-    """Move all weights off their initial values, the zero ones too."""
+def shaken_unet(**settings):
+    """All weights are off their initial values, the zero ones too."""
     torch.manual_seed(0)
+    unet = small_unet(**settings)
     with torch.no_grad():
-        for weight in module.parameters():
+        for weight in unet.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
-    return module
+    return unet
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size, multipliers", [(8, [1]), (16, [1, 2]), (32, [1, 2, 2, 4]), (24, [1, 1, 2])])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_shapes(channels, size, multipliers, blocks):
-    levels = {"image_size": size, "channel_multipliers": multipliers, "attention_resolutions": [size]}
-    unet = small_unet(image_channels=channels, blocks_per_level=blocks, **levels)
+@pytest.mark.parametrize("channels, blocks", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("size, multipliers", [(8, [1]), (32, [1, 2, 2, 4]), (24, [1, 1, 2])])
+def test_it_keeps_the_shape_and_is_zero_before_training(channels, blocks, size, multipliers):
     y_t = torch.randn(2, channels, size, size)
-    u = unet(y_t, y_t, torch.tensor([0.1, 0.9]))
-    assert u.shape == y_t.shape and (u == 0).all()  # before training, the last convolution of every branch is zero
+    u = small_unet(channels, size, multipliers, blocks, attention=size)(y_t, y_t, torch.tensor([0.1, 0.9]))
+    assert torch.equal(u, torch.zeros_like(y_t))  # the last convolution starts at zero
 
 
 def test_blocks_halve_by_means_and_double_by_repetition():
     x = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
     halved, doubled = (ResidualBlock(8, 8, 8, 0.0, way).resample(x) for way in ("down", "up"))
-    assert halved.shape == (2, 3, 2, 3) and doubled.shape == (2, 3, 8, 12)
-    for i, j in ((0, 0), (1, 2)):
-        torch.testing.assert_close(halved[..., i, j], x[..., 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3)))
-    assert all(torch.equal(doubled[..., i::2, j::2], x) for i in (0, 1) for j in (0, 1))
+    torch.testing.assert_close(halved, x.view(2, 3, 2, 2, 3, 2).mean((3, 5)))
+    assert doubled.shape == (2, 3, 8, 12) and all(
+        torch.equal(doubled[..., i::2, j::2], x) for i in (0, 1) for j in (0, 1)
+    )
 
 
 def test_every_input_and_every_weight_matters():
-    unet = shake(small_unet(image_channels=3, blocks_per_level=2))
+    unet = shaken_unet(image_channels=3, blocks=2)
     x, y_t, gamma = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.6])
     u = unet(x, y_t, gamma)
     for others in ((x + 0.1, y_t, gamma), (x, y_t + 0.1, gamma), (x, y_t, gamma + 0.01)):
@@ -64,41 +54,21 @@ def test_every_input_and_every_weight_matters():
 
 
 def test_images_of_a_batch_do_not_see_each_other():
-    unet = shake(small_unet())
-    x, y_t, gamma = torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16), torch.rand(4)
-    with torch.no_grad():
-        whole = unet(x, y_t, gamma)
-        alone = torch.cat([unet(*(v[i : i + 1] for v in (x, y_t, gamma))) for i in range(4)])
-    torch.testing.assert_close(whole, alone, atol=1e-5, rtol=1e-5)
+    unet, given = shaken_unet(), (torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16), torch.rand(4))
+    alone = torch.cat([unet(*(v[i : i + 1] for v in given)) for i in range(4)])
+    torch.testing.assert_close(unet(*given), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_it_overfits_one_batch():
     torch.manual_seed(0)
-    model = SR3(small_unet(image_size=8, attention_resolutions=[4]))
+    model = SR3(small_unet(image_size=8, attention=4))
     y_0 = torch.ones(4, 1, 8, 8)
     y_0[0, :, :4], y_0[1, :, :, :4], y_0[2, :, 2:6, 2:6] = -1, -1, -1  # four patterns, told apart by the context
     context = torch.tensor([-1.0, -0.3, 0.3, 1.0]).view(4, 1, 1, 1).expand_as(y_0)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(300):
-        loss = model.loss(y_0.repeat(8, 1, 1, 1), context.repeat(8, 1, 1, 1))
-        loss.backward()
-        optimizer.step()
+    for _ in range(150):
         optimizer.zero_grad()
+        model.loss(y_0.repeat(8, 1, 1, 1), context.repeat(8, 1, 1, 1)).backward()
+        optimizer.step()
     result = model.sample(context, 20, generator=torch.Generator().manual_seed(0))
-    assert (result - y_0).abs().mean() < 0.1
-
-
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"image_channels": 2}, "2"),
-        ({"image_size": 15}, "15"),
-        ({"channel_multipliers": []}, r"\[\]"),
-        ({"features": 12}, "12"),
-        ({"attention_heads": 3}, "8"),
-        ({"attention_resolutions": [8, 7]}, r"\[8, 7\]"),
-    ],
-)
-def test_impossible_settings_are_refused(changes, named):
-    with pytest.raises(ValueError, match=named):
-        small_unet(**changes)
+    assert (result - y_0).abs().mean() < 0.2
