@@ -16,7 +16,7 @@ def test_training_and_sampling_need_two_compiled_graphs(monkeypatch):
     graphs = []
     count = partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     monkeypatch.setattr(torch, "compile", count)
-    model, y_0 = SR3(small_unet(image_size=8, channel_multipliers=[1])), torch.zeros(4, 1, 8, 8)
+    model, y_0 = SR3(small_unet(image_size=8, multipliers=[1])), torch.zeros(4, 1, 8, 8)
     average = deepcopy(model).eval()
     utils.compile_networks([model.unet, average.unet], True, torch.device("cpu"))
     graphs.clear()  # the look for a compiler

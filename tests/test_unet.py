@@ -4,13 +4,11 @@ import pytest
 import torch
 
 from sr3 import SR3
-from unet import ResidualBlock, UNet
+from unet import UNet
 
 
 def small_unet(image_channels=1, image_size=16, multipliers=(1, 2), blocks=1, attention=8):
-    return UNet(
-        image_channels, 8, multipliers, blocks, [attention], attention_heads=2, dropout=0.0, image_size=image_size
-    )
+    return UNet(image_channels, 8, multipliers, blocks, [attention], 2, dropout=0.0, image_size=image_size)
 
 
 def shaken_unet(**settings):
@@ -31,15 +29,6 @@ def test_it_keeps_the_shape_and_is_zero_before_training(channels, blocks, size, 
     assert torch.equal(u, torch.zeros_like(y_t))  # the last convolution starts at zero
 
 
-def test_blocks_halve_by_means_and_double_by_repetition():
-    x = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
-    halved, doubled = (ResidualBlock(8, 8, 8, 0.0, way).resample(x) for way in ("down", "up"))
-    torch.testing.assert_close(halved, x.view(2, 3, 2, 2, 3, 2).mean((3, 5)))
-    assert doubled.shape == (2, 3, 8, 12) and all(
-        torch.equal(doubled[..., i::2, j::2], x) for i in (0, 1) for j in (0, 1)
-    )
-
-
 def test_every_input_and_every_weight_matters():
     unet = shaken_unet(image_channels=3, blocks=2)
     x, y_t, gamma = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.6])
@@ -51,12 +40,6 @@ def test_every_input_and_every_weight_matters():
     u.square().sum().backward()
     for name, weight in unet.named_parameters():
         assert weight.grad is not None and weight.grad.abs().max() > 0, name
-
-
-def test_images_of_a_batch_do_not_see_each_other():
-    unet, given = shaken_unet(), (torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16), torch.rand(4))
-    alone = torch.cat([unet(*(v[i : i + 1] for v in given)) for i in range(4)])
-    torch.testing.assert_close(unet(*given), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_it_overfits_one_batch():
