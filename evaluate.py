@@ -1,4 +1,4 @@
-"""Judges trained models by test images (the paper's section 4): `python evaluate.py CHECKPOINT…`
+"""Judges trained models on test images (the paper's section 4): `python evaluate.py CHECKPOINT…`
 
     python evaluate.py output/reference/8x/sr3.pt output/reference/8x/regression.pt --output_dir output/8x
     python evaluate.py output/checkpoint.pt --num_images 200
@@ -13,7 +13,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-import utils  # before torch: it says what an Apple GPU may leave to the CPU
+import utils  # before torch: it lets an Apple GPU leave to the CPU what it lacks
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -170,8 +170,8 @@ def evaluate(flags: argparse.Namespace) -> None:
 def save_samples(output_dir: Path, models: dict[str, SR3 | Regression], images: Tensor) -> None:
     """Different samples of eight test images, where there is an SR3; of several models of a kind, the first.
 
-    comparison.png: x, the regression's answer, four samples, the truth; each pixel a square of 3×3. diversity.png: x,
-    eight samples, their mean, the regression's answer, the truth.
+    comparison.png: the low-resolution image, the regression's answer, four samples, the truth; each pixel a square of
+    3×3. diversity.png: the low-resolution image, eight samples, their mean, the regression's answer, the truth.
     """
     if "SR3" not in models:
         return

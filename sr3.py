@@ -1,7 +1,7 @@
 """SR3, "Image Super-Resolution via Iterative Refinement" (arXiv 2104.07636): the noise levels, Algorithms 1 and 2.
 
 The story in the paper's order. A diffusion adds noise to the high-resolution image y_0 until nothing is left of it
-(section 2.1). The network f_θ learns to tell the noise from the image, with the low-resolution image x to lean on
+(section 2.1). f_θ, a network, learns to tell the noise from the image, with the low-resolution image x to lean on
 (section 2.2, Algorithm 1). A new image is made by starting from noise alone and taking it away bit by bit (section 2.3,
 Algorithm 2). Images are [B, C, H, W] in [-1, 1]; the U-Net U is any module called as unet(x, y_t, gamma), gamma [B].
 """
@@ -21,7 +21,7 @@ from utils import Config, InputError, load_checkpoint, parse_config
 
 
 class SR3(nn.Module):
-    """The diffusion of section 2.1 around a network f_θ: `loss` trains it, `refine` and `sample` draw with it.
+    """The diffusion of section 2.1 around a U-Net: `predict_noise` is f_θ, `loss` trains it, `refine` draws with it.
 
     The schedule is β_t = 1 - α_t, linear from `beta_start` to `beta_end` in `num_timesteps` steps, T of the paper.
     Buffer `gammas`, [T + 1]: γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied up in float64, then rounded to float32 once.
@@ -96,25 +96,26 @@ class SR3(nn.Module):
 
         # The levels are some of the training's, t = T · (i / steps)²: closer together where little noise is left.
         gammas = self.gammas.tolist()  # float64, for the arithmetic on levels below
-        gammas = [gammas[max(i, round(T * (i / steps) ** 2))] for i in range(steps, -1, -1)]  # from γ_T to γ_0 = 1
+        # At least i, so that no level comes twice. From γ_T to γ_0 = 1.
+        gammas = [gammas[max(i, round(T * (i / steps) ** 2))] for i in range(steps, -1, -1)]
         y_t = randn() if y_T is None else y_T  # line 1
         for gamma_t, gamma_s in pairwise(gammas):  # line 2: from level t to the next lower noise level s
             alpha_t = gamma_t / gamma_s  # what t keeps of s: the α_t of a process that has only these levels
             noise = self.predict_noise(context, y_t, context.new_full((len(context),), gamma_t))
-            y_0 = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
-            posterior = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)  # σ² of equation (4)
+            y_0_hat = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
+            z = randn() if gamma_s < 1 else 0  # line 3
+            # Line 4. The mean is equation (4)'s with ŷ_0 for y_0, which without the clamp is equation (11)'s.
+            mean = (gamma_s**0.5 * (1 - alpha_t) * y_0_hat + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
+            posterior = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)  # σ² of equation (4); the paper's is 1 - α_t
             sigma = (posterior if variance == "posterior" else 1 - alpha_t) ** 0.5
-            # Lines 3 and 4. The mean is equation (4)'s with ŷ_0 for y_0, which without the clamp is equation (11)'s.
-            y_t = (gamma_s**0.5 * (1 - alpha_t) * y_0 + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
-            if gamma_s < 1:
-                y_t = y_t + sigma * randn()
-            yield gamma_s, y_t, y_0
+            y_t = mean + sigma * z
+            yield gamma_s, y_t, y_0_hat
 
     def sample(self, context: Tensor, steps: int, **options) -> Tensor:
         """The last y_t of `refine`, whose arguments it takes: [B, C, H, W] in [-1, 1]."""
         for _, y_t, _ in self.refine(context, steps, **options):
             pass
-        return y_t
+        return y_t  # line 6
 
 
 class Regression(nn.Module):
@@ -143,7 +144,7 @@ class Regression(nn.Module):
         y_0 = self.predict(context).clamp(-1, 1)
         yield 1.0, y_0, y_0
 
-    sample = SR3.sample  # the same for the same x, every time
+    sample = SR3.sample  # deterministic: the same x gives the same ŷ_0
 
 
 def build_model(config: Config) -> SR3 | Regression:

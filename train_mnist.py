@@ -5,7 +5,7 @@
     python train_mnist.py --resume
     torchrun --standalone --nproc_per_node=8 train_mnist.py
 
-Beside the paper (arXiv 2104.07636), read `training_step` here, then sr3.py and unet.py. evaluate.py judges the result.
+Alongside the paper (arXiv 2104.07636), read `training_step` here, then sr3.py, then unet.py. evaluate.py judges.
 """
 
 import argparse
@@ -15,11 +15,10 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
-import utils  # before torch: it says what an Apple GPU may leave to the CPU
+import utils  # before torch: it lets an Apple GPU leave to the CPU what it lacks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -43,7 +42,7 @@ def training_step(run: "Run") -> Tensor:
     """Algorithm 1, once: returns the loss, a scalar that stays on the device."""
     settings = run.config.training
     run.step += 1
-    torch.manual_seed(hash((settings.seed, run.step, RANK)))  # a step's own numbers: resuming repeats them
+    torch.manual_seed(hash((settings.seed, run.step, RANK)))  # for each step, so that a resumed run draws the same
     # Line 2: a pair (x, y_0), the context made from the image itself.
     indices = torch.randint(len(run.images), (settings.batch_size // RANKS,), device=run.device)
     high_res, _, context = make_pair(run.images[indices], run.config)  # [B, C, H, W] each
@@ -71,7 +70,7 @@ def train(run: "Run") -> None:
     losses, started = [], time.perf_counter()  # since the last row of the log
     bar = tqdm(total=settings.num_training_steps, initial=run.step, unit="step", dynamic_ncols=True, disable=RANK > 0)
     with bar:
-        while not stop:
+        while not stop:  # "until converged"
             losses.append(training_step(run))
             bar.update()
 
@@ -174,7 +173,7 @@ def restore(run: "Run", checkpoint: dict) -> None:
         run.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
         for weight in run.model.parameters():
             state = run.optimizer.state[weight]
-            for name in ("exp_avg", "exp_avg_sq"):  # as the weight lies in memory, which fused Adam relies on
+            for name in state.keys() & {"exp_avg", "exp_avg_sq"}:  # fused Adam needs the weight's memory layout
                 state[name] = torch.empty_like(weight).copy_(state[name])
         if checkpoint["scaler"]:  # one that was not in use has no state
             run.scaler.load_state_dict(checkpoint["scaler"])
@@ -225,13 +224,13 @@ class Run:
             print(f"{weights:,} weights; {RANKS} × {device.type} in {precision}; output: {self.output_dir}", flush=True)
         utils.compile_networks([self.model.unet, self.ema.unet], flags.compile, device)
         if RANKS > 1:
-            self.parallel = DistributedDataParallel(self.model)  # averages the gradients of all ranks
+            self.parallel = nn.parallel.DistributedDataParallel(self.model)  # averages the gradients of all ranks
 
 
 def tell_duration(run: Run) -> None:
     """On a CPU, times one step without taking it, and says how long all will take."""
     left = run.config.training.num_training_steps - run.step
-    if run.device.type != "cpu" or left < 1000 or RANKS > 1:
+    if run.device.type != "cpu" or left <= 1000 or RANKS > 1:
         return
     high_res, _, context = make_pair(run.images[: run.config.training.batch_size], run.config)
     for _ in range(2):  # the first one warms up
@@ -240,8 +239,9 @@ def tell_duration(run: Run) -> None:
             run.model.loss(high_res, context).backward()
         run.optimizer.zero_grad()
     minutes = (time.perf_counter() - started) / 60
-    print(f"on this CPU, {left:,} steps will take about {minutes * left:.0f} minutes; for a good result", end=" ")
-    print(f"in about {minutes * 1000:.0f}, give --num_training_steps 1000", flush=True)
+    print(f"on this CPU, {left:,} steps will take about {minutes * left:.0f} minutes", end="")
+    advice = f"; for a good result in about {minutes * 1000:.0f} minutes, give --num_training_steps 1000"
+    print("" if run.step else advice, flush=True)
 
 
 @utils.errors_in_one_line("stopped; --resume goes on from the last checkpoint", "give a smaller --batch_size")

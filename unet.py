@@ -124,7 +124,7 @@ class UNet(nn.Module):
         def attention(i: int) -> nn.Module:
             return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
 
-        # The angles of `forward` are in [0, π / 2]. Frequency 1 turns a quarter there; 1000 tells 0.001 rad apart.
+        # For angles from 0 to π / 2: frequency 1 covers a quarter turn there, 1000 tells 0.001 rad apart.
         self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(features, embedding_dim),

@@ -1,4 +1,4 @@
-"""What the lesson needs beside the method: settings, the machine, data sets, bicubic resampling, grids, safe files."""
+"""What the lesson needs besides the method: settings, the machine, data sets, bicubic resampling, grids, safe files."""
 
 import sys
 

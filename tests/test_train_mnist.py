@@ -217,9 +217,9 @@ def test_the_ema_is_the_running_average_of_the_weights(tiny_config, tmp_path, mo
 def test_telling_the_duration_of_a_long_run_on_a_cpu_changes_nothing(tiny_config, tmp_path, monkeypatch, capsys):
     trained = []
     monkeypatch.setattr(train_mnist, "train", lambda run: trained.append((STEP(run), run.model.state_dict())))
-    for steps, told in ((999, 0), (1000, 1)):
+    for steps, told in ((1000, 0), (1001, 1)):
         run(tiny_config(), tmp_path / "output", "--num_training_steps", steps)
-        line = r"\n.*1,000 steps .* \d+ minutes; .* --num_training_steps 1000\n"
+        line = r"\n.*1,001 steps .* \d+ minutes; .* \d+ minutes, give --num_training_steps 1000\n"
         assert len(re.findall(line, capsys.readouterr().out)) == told
     torch.testing.assert_close(*trained, rtol=0, atol=0)
 

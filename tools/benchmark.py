@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # before torch: it says what an Apple GPU may leave to the CPU
+import utils  # before torch: it lets an Apple GPU leave to the CPU what it lacks
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
-import utils  # before torch: it says what an Apple GPU may leave to the CPU
+import utils  # before torch: it lets an Apple GPU leave to the CPU what it lacks
 import metrics
 from sr3 import SR3, load_model
 
