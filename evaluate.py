@@ -42,11 +42,9 @@ def load_models(paths: list[str], device: torch.device) -> dict[str, SR3 | Regre
         name = "SR3" if isinstance(model, SR3) else "regression"
         models[f"{name} ({path})" if name in models else name] = model
         model.config.data.fallback = ""  # says nothing of the data that were there
-        data = next(iter(models.values())).config.data
-        if model.config.data != data:
-            raise InputError(
-                f"{path} is of {model.config.data}, {paths[0]} of {data}: give checkpoints of the same data"
-            )
+        found, expected = model.config.data, next(iter(models.values())).config.data
+        if found != expected:
+            raise InputError(f"{path} is of {found}, {paths[0]} of {expected}: give checkpoints of the same data")
     return dict(sorted(models.items(), key=lambda item: isinstance(item[1], SR3)))
 
 

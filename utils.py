@@ -89,7 +89,7 @@ def out_of_memory(error: BaseException) -> bool:
 def catch_signals() -> list[int]:
     """A list that collects Ctrl-C and SIGTERM, so that the step can finish; a second one ends the script.
 
-    With several ranks the first one does, since they would not all stop after the same step.
+    With several ranks the first one does: they would not all stop after the same step.
     """
     received = []
 
@@ -220,10 +220,7 @@ def parse_config(value: object, name: str, kind: type = Config):
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, else cuda, else mps, else cpu; with several ranks on GPUs, each has one of its own.
-
-    Raises InputError where it isn't there.
-    """
+    """The device of that name, else cuda, else mps, else cpu; ranks have a GPU each. InputError where it isn't there."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, kinds = name.split(":")[0], ("cuda", "mps", "cpu") if RANKS == 1 else ("cuda", "cpu")
@@ -465,10 +462,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def downsample(images: Tensor, size: int) -> Tensor:
-    """Shrink [B, C, H, W] in [-1, 1] to [B, C, size, size] bicubically, with antialiasing.
-
-    Bicubic weights are partly negative and overshoot at edges; since a low-resolution image is one, it is clamped.
-    """
+    """Shrink [B, C, H, W] in [-1, 1] to [B, C, size, size] bicubically, antialiased, clamped where it overshoots."""
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
