@@ -220,7 +220,7 @@ def parse_config(value: object, name: str, kind: type = Config):
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, else cuda, else mps, else cpu; ranks have a GPU each. InputError where it isn't there."""
+    """The device of that name, else cuda, else mps, else cpu; ranks have a GPU each. InputError if it isn't there."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, kinds = name.split(":")[0], ("cuda", "mps", "cpu") if RANKS == 1 else ("cuda", "cpu")
