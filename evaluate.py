@@ -40,7 +40,10 @@ def load_models(paths: list[str], device: torch.device) -> dict[str, SR3 | Regre
     for path in paths:
         model = load_model(path, device)
         name = "SR3" if isinstance(model, SR3) else "regression"
-        models[f"{name} ({path})" if name in models else name] = model
+        name = f"{name} ({path})" if name in models else name
+        if name in models:
+            raise InputError(f"{path} is given twice; give each checkpoint once")
+        models[name] = model
         model.config.data.fallback = ""  # says nothing of the data that were there
         found, expected = model.config.data, next(iter(models.values())).config.data
         if found != expected:

@@ -163,9 +163,9 @@ def restore(run: "Run", checkpoint: dict) -> None:
     path, configs = run.checkpoint_path, (checkpoint["config"], asdict(run.config))
     try:
         old, new = ({"method": c["method"], **c["data"], **c["model"], **c["diffusion"]} for c in configs)
-        for name in new:
+        for name in new.keys() - {"fallback"}:
             if old[name] != new[name]:
-                raise InputError(f"{name} is {new[name]}, in {path} it is {old[name]}; to resume, set it back")
+                raise InputError(f"{name} is {new[name]!r}, in {path} it is {old[name]!r}; to resume, set it back")
         run.step, run.log = checkpoint["step"], checkpoint["log"]
         run.model.load_state_dict(checkpoint["model"])
         run.ema.load_state_dict(checkpoint["ema"])
@@ -177,7 +177,7 @@ def restore(run: "Run", checkpoint: dict) -> None:
                 state[name] = torch.empty_like(weight).copy_(state[name])
         if checkpoint["scaler"]:  # one that was not in use has no state
             run.scaler.load_state_dict(checkpoint["scaler"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         if utils.out_of_memory(error):
             raise
         raise InputError(f"{path} is of another version of this lesson, or damaged: its state doesn't fit") from None

@@ -58,6 +58,7 @@ def fail(message: object, status: int = 2) -> NoReturn:
 @contextmanager
 def errors_in_one_line(if_stopped: str = "stopped", if_too_large: str = "give fewer images"):
     """Around a script's main part: what goes wrong with its input, files, memory or keyboard becomes one line."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console without γ shows a question mark
     try:
@@ -69,7 +70,7 @@ def errors_in_one_line(if_stopped: str = "stopped", if_too_large: str = "give fe
         if error.filename is None:  # the output's reader is gone, or its disk is full: what is left goes nowhere
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fail(f"{error.filename or 'the output'}: {error.strerror or error}; mend that, or give another path")
+        fail(f"{error.filename or 'standard output'}: {error.strerror or error}; mend that, or give another path")
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             fail(f"out of memory; {if_too_large} ({str(error)[:100] or type(error).__name__})")
@@ -209,7 +210,7 @@ def parse_config(value: object, name: str, kind: type = Config):
     else:
         number, low, high = arguments
         valid = type(value) in (int, number) and low <= value <= high
-        hint = f"{number.__name__}, from {low:,} to {high:,}"
+        hint = f"a{' whole' * (number is int)} number from {low:,} to {high:,}"
     if not valid:
         raise InputError(f"{name} is {value!r}: it must be {hint}")
     return value
@@ -225,7 +226,9 @@ def choose_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, kinds = name.split(":")[0], ("cuda", "mps", "cpu") if RANKS == 1 else ("cuda", "cpu")
     if kind not in kinds:
-        raise InputError(f"device {name} with {RANKS} rank(s) is not one of {', '.join(kinds)}; give another --device")
+        raise InputError(
+            f"device {name} is not one of {', '.join(kinds)} for {RANKS} process(es); give another --device"
+        )
     try:
         if RANKS > 1 and kind == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -347,9 +350,11 @@ def load_torchvision(dataset: str, train: bool, data_dir: Path) -> tuple[Tensor,
         if offline or reason.startswith(("Error downloading", "File not found")):
             files = f"{', '.join(file for file, _ in archives)} into {folder.resolve()}"
             raise DatasetUnavailable(f"{dataset} could not be downloaded ({reason}); put {files}") from None
-        if isinstance(error, OSError) and error.filename:  # such as a folder that can't be written
-            raise
-        raise InputError(f"{dataset} in {folder} is damaged ({reason}); delete it and run again") from None
+        if isinstance(error, OSError):  # such as a folder that can't be written, or a full disk
+            raise OSError(error.errno, error.strerror or reason, str(error.filename or folder)) from None
+        raise InputError(
+            f"{dataset}: a file in {folder} is damaged ({reason}); delete those that aren't archives"
+        ) from None
     images = torch.as_tensor(data.data)  # [N, H, W], or [N, H, W, 3] from CIFAR-10
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return images, torch.as_tensor(data.targets)

@@ -369,15 +369,15 @@ REFUSED = [  # settings, flags, words of the line
     ({}, "--num_training_steps many", "num_training_steps: invalid int value: 'many'"),
     ({}, "--batch_size -1", "batch_size is -1"),
     ({}, "--learning_speed 3", "--learning_speed"),
-    ({}, "--device toaster", "device toaster with 1 rank(s) is not one of cuda, mps, cpu"),
+    ({}, "--device toaster", "device toaster is not one of cuda, mps, cpu"),
     ({}, "--device cuda:99", "device cuda:99 is not there"),
     ({}, "--config_path none.toml", "none.toml: No such file"),
     ({"precision": "float16"}, "", '"auto"'),  # on a CPU
     ({"dataset": "fashion_mnist", "fallback": ""}, "", "fashion_mnist could not be downloaded"),
     ({"features": 16}, "--resume", "features is 16, in {} it is 8"),
     ({"num_timesteps": 1000}, "--resume", "num_timesteps is 1000, in {} it is 2000"),
-    ({"dataset": "mnist"}, "--resume", "dataset is mnist, in {} it is digits"),
-    ({"method": "regression"}, "--resume", "method is regression, in {} it is sr3"),
+    ({"dataset": "mnist"}, "--resume", "dataset is 'mnist', in {} it is 'digits'"),
+    ({"method": "regression"}, "--resume", "method is 'regression', in {} it is 'sr3'"),
 ]
 
 
@@ -439,4 +439,11 @@ def test_an_output_whose_reader_is_gone_is_named_in_one_line(tiny_config, tmp_pa
     with os.fdopen(writer, "w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         status, line = failure(tiny_config(), tmp_path / "output")
-    assert status == 2 and "output: Broken pipe" in line
+    assert status == 2 and "standard output: Broken pipe" in line
+
+
+def test_a_run_without_a_console_trains(tiny_config, tmp_path, monkeypatch):
+    """As with `>&-`, or with pythonw on Windows."""
+    monkeypatch.setattr(sys, "stdout", None)
+    output = run(tiny_config(), tmp_path / "output", "--num_training_steps", 1)
+    assert checkpoint_of(output)["step"] == 1

@@ -178,7 +178,7 @@ def test_a_cut_off_file_is_damaged_not_downloaded(write_mnist, file):
     path = data_dir / "MNIST/raw" / file
     for keep in (-1, 12, 3, 0):
         path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(InputError, match="mnist in .* is damaged"):
+        with pytest.raises(InputError, match="mnist: a file in .* is damaged"):
             load_images("mnist", data_dir, True, 32, 1)
 
 

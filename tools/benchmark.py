@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--device")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.error = utils.fail
     flags = parser.parse_args()
     print("| form | training images/s | sampling images/s | memory GB | training TFLOP/s | forward TFLOP/s |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -32,9 +32,17 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--steps", type=int, nargs="+", default=(2, 5, 10, 25, 50, 100))
     parser.add_argument("--num_images", type=int, default=128)
+    parser.error = utils.fail
     flags = parser.parse_args()
+    if flags.num_images < 1:
+        raise utils.InputError(f"--num_images is {flags.num_images}: give 1 or more")
     device = utils.choose_device(flags.device)
     model = load_model(flags.checkpoint, device)
+    if not isinstance(model, SR3):
+        raise utils.InputError(f"{flags.checkpoint} is a regression, which takes no steps; give an SR3")
+    for steps in flags.steps:
+        if not 1 <= steps < len(model.gammas):
+            raise utils.InputError(f"--steps has {steps}: give numbers from 1 to {len(model.gammas) - 1}")
     data = model.config.data
     images, _ = utils.load_data_set(data, False, flags.data_dir)
     high_res, _, context = evaluate.make_pair(images[-flags.num_images :].to(device), data)
