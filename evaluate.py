@@ -134,22 +134,23 @@ def evaluate(flags: argparse.Namespace) -> None:
     device, output_dir = utils.choose_device(flags.device), Path(flags.output_dir)
     models = load_models(flags.checkpoints, device)
     data = next(iter(models.values())).config.data
-    train_set, test_set = (utils.load_data_set(data, train, flags.data_dir) for train in (True, False))
+    train_set, (test_images, test_labels) = (utils.load_data_set(data, part, flags.data_dir) for part in (True, False))
     utils.prepare_output(output_dir, keep=True)
 
     generator = torch.Generator().manual_seed(0)  # the same images in every run
-    chosen = torch.randperm(len(test_set[0]), generator=generator)[: flags.num_images]
-    high_res, low_res, context = make_pair(test_set[0][chosen].to(device), data)
+    chosen = torch.randperm(len(test_images), generator=generator)[: flags.num_images]
+    high_res, low_res, context = make_pair(test_images[chosen].to(device), data)
     given = {"reference": to_unit(high_res), "low_res": to_unit(low_res), "context": to_unit(context)}
     classifier = None
-    if train_set[1] is not None:
+    if test_labels is not None:
         classifier = metrics.train_classifier(*(part.to(device) for part in train_set))
-        given["labels"] = test_set[1][chosen].to(device)
+        given["labels"] = test_labels[chosen].to(device)
 
     rows = {"reference": score(given["reference"], given, classifier)}
     rows["bicubic"] = score((255 * given["context"]).round() / 255, given, classifier)
     for name, model in models.items():
-        first, second = (draw(model, context, seed) for seed in (0, 1))
+        first = draw(model, context)
+        second = draw(model, context, seed=1) if isinstance(model, SR3) else first  # a regression has one answer
         trained = {"training_steps": model.training_steps}
         rows[name] = trained | score(first, given, classifier, second)
         if isinstance(model, SR3):
@@ -164,7 +165,7 @@ def evaluate(flags: argparse.Namespace) -> None:
     results = {"dataset": data.dataset, "num_images": len(chosen), "methods": rows, "configs": configs}
     utils.write_atomically(output_dir / "results.md", table.encode())
     utils.write_atomically(output_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    save_samples(output_dir, models, test_set[0][:8].to(device))
+    save_samples(output_dir, models, test_images[:8].to(device))
     print(table, end="")
 
 

@@ -165,7 +165,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Re
     images = model.sample(upsample(low_res, 32), steps=25)  # low_res: [B, 1, 4, 4] in [-1, 1]
     """
     checkpoint = load_checkpoint(path)
-    config = parse_config(checkpoint["config"], f"{path}: ")
+    config = parse_config(checkpoint["config"], path)
     model = build_model(config)
     model.config, model.training_steps = config, checkpoint["step"]
     try:

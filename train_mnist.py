@@ -167,13 +167,18 @@ def restore(run: "Run", checkpoint: dict) -> None:
             if old[name] != new[name]:
                 raise InputError(f"{name} is {new[name]!r}, in {path} it is {old[name]!r}; to resume, set it back")
         run.step, run.log = checkpoint["step"], checkpoint["log"]
+        if run.step < 0 or not all(isinstance(row, dict) for row in run.log):
+            raise ValueError
         run.model.load_state_dict(checkpoint["model"])
         run.ema.load_state_dict(checkpoint["ema"])
         groups = run.optimizer.state_dict()["param_groups"]  # this run's own, with what suits its device
         run.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-        for weight in run.model.parameters():
+        skipped = checkpoint["scaler"] and not run.optimizer.state  # float16 may have skipped each step so far
+        for weight in [] if skipped else run.model.parameters():
             state = run.optimizer.state[weight]
-            for name in state.keys() & {"exp_avg", "exp_avg_sq"}:  # fused Adam needs the weight's memory layout
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or float(state["step"]) < 0:
+                raise ValueError
+            for name in ("exp_avg", "exp_avg_sq"):  # as the weight lies in memory, which fused Adam relies on
                 state[name] = torch.empty_like(weight).copy_(state[name])
         if checkpoint["scaler"]:  # one that was not in use has no state
             run.scaler.load_state_dict(checkpoint["scaler"])
@@ -218,6 +223,7 @@ class Run:
             restore(self, checkpoint)
         if RANK == 0:
             utils.prepare_output(self.output_dir, keep=flags.resume)
+            utils.save_log(self.output_dir / "log.csv", LOG_COLUMNS, self.log)
             size, small = config.data.image_size, config.data.low_res_size
             weights = sum(weight.numel() for weight in self.model.parameters())
             print(f"{config.data.dataset}: {len(images):,} images of {size}×{size} from {small}×{small};", end=" ")

@@ -176,21 +176,23 @@ def load_config(path: str | Path, flags: dict | None = None) -> Config:
     training = values.get("training")
     if flags and isinstance(training, dict):
         training |= {name: flags[name] for name in training if flags.get(name) is not None}
-    config = parse_config(values, f"{path}: ")
+    return parse_config(values, path)
+
+
+def parse_config(values: dict, source: str | Path) -> Config:
+    """Turn nested dictionaries into a Config; errors as `load_config`, naming `source`."""
+    config = parse_value(values, f"{source}: ", Config)
     small, size = config.data.low_res_size, config.data.image_size
     if small >= size:
-        raise InputError(f"{path}: data.low_res_size is {small}: it must be less than image_size, {size}")
+        raise InputError(f"{source}: data.low_res_size is {small}: it must be less than image_size, {size}")
     steps, T = config.sampling.steps, config.diffusion.num_timesteps
     if steps > T:
-        raise InputError(f"{path}: sampling.steps is {steps}: it must be at most num_timesteps, {T}")
+        raise InputError(f"{source}: sampling.steps is {steps}: it must be at most num_timesteps, {T}")
     return config
 
 
-def parse_config(value: object, name: str, kind: type = Config):
-    """A value of a config as its type wants it: at the top, a whole config of nested dictionaries.
-
-    Raises InputError for what is missing, unknown, of the wrong type or out of range; `name` opens its line.
-    """
+def parse_value(value: object, name: str, kind: type):
+    """A value as the type of its setting wants it, a section as a dataclass; `name` opens the error lines."""
     if is_dataclass(kind):
         kinds, values = {f.name: f.type for f in fields(kind)}, dict(value) if isinstance(value, dict) else {}
         for key in [*values, *kinds]:
@@ -198,12 +200,12 @@ def parse_config(value: object, name: str, kind: type = Config):
                 fault = "is missing" if key in kinds else "is not a setting"
                 raise InputError(f"{name}{key} {fault}; the settings here are {', '.join(kinds)}")
         for key, of in kinds.items():
-            values[key] = parse_config(values[key], f"{name}{key}" + "." * is_dataclass(of), of)
+            values[key] = parse_value(values[key], f"{name}{key}" + "." * is_dataclass(of), of)
         return kind(**values)
     arguments = get_args(kind)
     if get_origin(kind) is list:
         if isinstance(value, list):
-            return [parse_config(item, name, *arguments) for item in value]
+            return [parse_value(item, name, *arguments) for item in value]
         valid, hint = False, "a list"
     elif get_origin(kind) is Literal:
         valid, hint = value in arguments, f"one of {', '.join(map(repr, arguments))}"
@@ -226,17 +228,17 @@ def choose_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, kinds = name.split(":")[0], ("cuda", "mps", "cpu") if RANKS == 1 else ("cuda", "cpu")
     if kind not in kinds:
-        raise InputError(
-            f"device {name} is not one of {', '.join(kinds)} for {RANKS} process(es); give another --device"
-        )
+        ranks = f" with {RANKS} ranks" * (RANKS > 1)
+        raise InputError(f"device {name}{ranks} is not one of {', '.join(kinds)}; give another --device")
+    if RANKS > 1 and kind == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > (gpus := torch.cuda.device_count()):
+            raise InputError(f"there are more ranks than GPUs, {gpus}; give --nproc_per_node={gpus}, or --device cpu")
+        torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
     try:
-        if RANKS > 1 and kind == "cuda":
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(name)
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
         reason = str(error)[:80]
-        raise InputError(f"device {name} is not there ({reason}); give another --device, or fewer ranks") from None
+        raise InputError(f"device {name} is not there ({reason}); leave out --device to use what is") from None
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -352,9 +354,7 @@ def load_torchvision(dataset: str, train: bool, data_dir: Path) -> tuple[Tensor,
             raise DatasetUnavailable(f"{dataset} could not be downloaded ({reason}); put {files}") from None
         if isinstance(error, OSError):  # such as a folder that can't be written, or a full disk
             raise OSError(error.errno, error.strerror or reason, str(error.filename or folder)) from None
-        raise InputError(
-            f"{dataset}: a file in {folder} is damaged ({reason}); delete those that aren't archives"
-        ) from None
+        raise InputError(f"{dataset}: a file in {folder} is damaged ({reason}); delete it and run again") from None
     images = torch.as_tensor(data.data)  # [N, H, W], or [N, H, W, 3] from CIFAR-10
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return images, torch.as_tensor(data.targets)
@@ -370,9 +370,10 @@ def load_folder(folder: Path, image_size: int) -> Tensor:
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS):
         try:
             picture = ImageOps.exif_transpose(Image.open(path))
-            if picture.mode[0] in "IF":  # grey, as whole numbers of 16 bits or more, or as fractions
+            if picture.mode[0] in "IF":  # one grey level a pixel, of 16 or 32 bits: white is what the type suggests
                 grey = torch.from_numpy(np.array(picture, dtype=np.float32))  # [height, width]
-                white = max(65_535 if picture.mode[0] == "I" else 1, grey.max())
+                whites = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
+                white = next((white for white in whites if grey.max() <= white), grey.max())
                 image = (255 * grey / white).round().clamp(min=0).byte().expand(3, -1, -1)
             else:
                 image = TF.pil_to_tensor(picture.convert("RGB"))  # [3, height, width]
@@ -385,7 +386,8 @@ def load_folder(folder: Path, image_size: int) -> Tensor:
     if not images:
         raise InputError(f"no readable image ({', '.join(IMG_EXTENSIONS)}) below {folder}; give another --data_dir")
     if small:
-        print(f"{len(small)} of less than {image_size}×{image_size} enlarged: {', '.join(small[:3])}…", file=sys.stderr)
+        names = ", ".join(small[:3]) + ", …" * (len(small) > 3)
+        print(f"{len(small)} smaller than {image_size}×{image_size}, enlarged: {names}", file=sys.stderr)
     return torch.stack(images)
 
 
@@ -556,14 +558,17 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-WEIGHTS = ("config", "step", "ema")  # what drawing needs of a checkpoint
-TRAINING = (*WEIGHTS, "log", "model", "optimizer", "scaler")  # what resuming needs
+WEIGHTS = {"config": dict, "step": int, "ema": dict}  # what drawing needs of a checkpoint
+TRAINING = WEIGHTS | {"log": list, "model": dict, "optimizer": dict, "scaler": dict}  # what resuming needs
 
 
-def load_checkpoint(path: str | Path, parts: tuple[str, ...] = WEIGHTS) -> dict:
+def load_checkpoint(path: str | Path, parts: dict[str, type] = WEIGHTS) -> dict:
     """What `save_checkpoint` wrote, on the CPU. Raises InputError where it is something else, or a part is missing."""
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+        for name, kind in parts.items():
+            if not isinstance(checkpoint[name], kind):
+                raise TypeError
         return {name: checkpoint[name] for name in parts}
     except Exception as error:  # what a damaged file raises depends on where the damage is
         if isinstance(error, OSError) or out_of_memory(error):

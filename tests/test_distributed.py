@@ -93,9 +93,17 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_by_each_in_its_name(
     assert exit.value.code == 2 and "batch_size is 3: 2 ranks don't divide it" in line
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(utils, "RANKS", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(utils.InputError, match="more ranks than GPUs, 1"):
+        utils.choose_device("cuda:0")
+
+
 def test_torchrun_on_the_one_apple_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(utils, "RANKS", 2)
-    with pytest.raises(utils.InputError, match=r"device mps is not one of cuda, cpu for 2 process"):
+    with pytest.raises(utils.InputError, match=r"device mps with 2 ranks is not one of cuda, cpu"):
         utils.choose_device("mps")
 
 

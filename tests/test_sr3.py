@@ -58,6 +58,18 @@ def test_the_loss_is_the_mean_squared_error_to_the_noise_of_equation_5():
     assert loss.shape == () and abs(loss.item() - 1) < 0.02 and torch.equal(recorder.given[0], y_0 - 1)
 
 
+def test_y_noisy_has_the_moments_of_equation_3():
+    torch.manual_seed(0)
+    recorder, y_0 = Recorder(), torch.full((256, 1, 64, 64), 0.7)
+    SR3(recorder).loss(y_0, y_0 - 1)
+    x, y_noisy, gamma = recorder.given
+    torch.testing.assert_close(x, y_0 - 1)
+    mean, std = y_noisy.double().mean((1, 2, 3)), y_noisy.double().std((1, 2, 3))
+    expected = (1 - gamma.double()).sqrt()
+    assert ((mean - 0.7 * gamma.double().sqrt()).abs() < 5 * expected / 64 + 1e-6).all()
+    assert ((std / expected - 1).abs() < 5 / math.sqrt(2 * 64 * 64)).all()
+
+
 def test_gamma_follows_the_piecewise_uniform_mixture_of_section_2_4():
     torch.manual_seed(0)
     recorder, schedule, y_0 = Recorder(), (10, 0.05, 0.5), torch.zeros(200_000, 1, 1, 1)

@@ -295,7 +295,7 @@ def test_a_loss_or_weight_that_is_not_finite_stops_the_run_before_anything_is_ov
     """The line speaks of a checkpoint only where there is one."""
     config, output = copy_of_finished
     output, flags = (output, ["--resume"]) if resumed else (tmp_path / "new", [])
-    before = snapshot(output)
+    before = snapshot(output) if resumed else {Path("log.csv"): HEADER.encode() + b"\n"}
 
     def training_step(run):
         loss = STEP(run)
@@ -335,7 +335,7 @@ def test_a_log_that_cannot_be_replaced_is_only_warned_of(copy_of_finished, monke
     monkeypatch.setattr(os, "replace", replace)
     run(config, output, "--num_training_steps", 21, "--resume")
     warnings = [line for line in capsys.readouterr().err.splitlines() if "log.csv" in line]
-    assert len(warnings) == 1 and all("Permission denied" in line and "going on" in line for line in warnings)
+    assert len(warnings) == 2 and all("Permission denied" in line and "going on" in line for line in warnings)
     assert written[-2:] == ["checkpoint.pt", "log.csv"] and (output / "log.csv").read_bytes() == before
     assert [row["step"] for row in checkpoint_of(output)["log"]] == [20, 21]
 
@@ -402,6 +402,10 @@ def test_a_refused_run_makes_no_output_folder(refused, tiny_config, tmp_path):
 FAULTS = {
     "weights only": lambda c: c.pop("optimizer"),
     "another weight's name": lambda c: c["model"].update(renamed=c["model"].pop("unet.conv_in.weight")),
+    "log without rows": lambda c: c.update(log=[20]),
+    "short moments": lambda c: [m.update(exp_avg=m["exp_avg"][:1]) for m in c["optimizer"]["state"].values()],
+    "moments of nothing": lambda c: c["optimizer"].update(state={}),
+    "a step of text": lambda c: c.update(step="20"),
     "no moments": lambda c: c.update(optimizer={}),
 }
 

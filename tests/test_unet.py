@@ -42,6 +42,12 @@ def test_every_input_and_every_weight_matters():
         assert weight.grad is not None and weight.grad.abs().max() > 0, name
 
 
+def test_images_of_a_batch_do_not_see_each_other():
+    unet, given = shaken_unet(), (torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16), torch.rand(4))
+    alone = torch.cat([unet(*(v[i : i + 1] for v in given)) for i in range(4)])
+    torch.testing.assert_close(unet(*given), alone, atol=1e-5, rtol=1e-5)
+
+
 def test_it_overfits_one_batch():
     torch.manual_seed(0)
     model = SR3(small_unet(image_size=8, attention=4))
@@ -49,9 +55,9 @@ def test_it_overfits_one_batch():
     y_0[0, :, :4], y_0[1, :, :, :4], y_0[2, :, 2:6, 2:6] = -1, -1, -1  # four patterns, told apart by the context
     context = torch.tensor([-1.0, -0.3, 0.3, 1.0]).view(4, 1, 1, 1).expand_as(y_0)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(150):
+    for _ in range(300):
         optimizer.zero_grad()
         model.loss(y_0.repeat(8, 1, 1, 1), context.repeat(8, 1, 1, 1)).backward()
         optimizer.step()
     result = model.sample(context, 20, generator=torch.Generator().manual_seed(0))
-    assert (result - y_0).abs().mean() < 0.2
+    assert (result - y_0).abs().mean() < 0.1

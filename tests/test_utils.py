@@ -225,7 +225,9 @@ def test_unreadable_and_small_pictures_are_named_and_a_folder_without_any_is_ref
     assert "small.png" in small and "16×16" in small and "a.png" not in small
 
 
-@pytest.mark.parametrize("mode, kind, white", [("I;16", "u2", 65_535), ("I", "i4", 65_535), ("F", "f4", 1)])
+@pytest.mark.parametrize(
+    "mode, kind, white", [("I;16", "u2", 65_535), ("I", "i4", 65_535), ("F", "f4", 1), ("F", "f4", 255)]
+)
 def test_deep_grey_pictures_are_scaled_not_clipped(tmp_path, mode, kind, white):
     levels = np.linspace(0, white, 16 * 16).reshape(16, 16)
     save_picture(tmp_path / "deep.tif", levels.astype(kind))
@@ -309,7 +311,8 @@ def test_a_log_has_six_digits_and_empty_cells_for_what_is_not_known(tmp_path):
 def test_what_is_no_checkpoint_is_cut_off_or_of_another_version_is_refused_with_its_path(tiny_config, tmp_path):
     path, complete = tmp_path / "checkpoint.pt", {"config": {}, "step": 1, "ema": {}}
     parts = [{name: complete[name] for name in complete if name != left_out} for left_out in complete]
-    for content in ([1, 2], torch.ones(3), b"", b"text", *parts):
+    wrong = [complete | {name: None} for name in complete]
+    for content in ([1, 2], torch.ones(3), b"", b"text", *parts, *wrong):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(InputError, match=str(path)):
             utils.load_checkpoint(path)
