@@ -43,6 +43,14 @@ def no_network(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
 
 
+@pytest.fixture
+def all_cores():
+    """For tests that compute as much as a user's run."""
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 @functools.cache
 def draw_few_digits(number, image_size, channels, seed):
     """3,000 for training and 500 for testing."""

@@ -78,7 +78,7 @@ def test_the_classifier_learns_digits_and_sees_them_less_well_in_bicubic_images(
 
 
 @pytest.mark.skipif("SR3_DATA_DIR" not in os.environ, reason="SR3_DATA_DIR names no folder with MNIST")
-def test_the_real_mnist_is_60000_and_10000_digits_which_the_classifier_knows():
+def test_the_real_mnist_is_60000_and_10000_digits_which_the_classifier_knows(all_cores):
     """It learns from a third here. The originals' means are 33.3 and 33.8, and enlargement nearly keeps a mean."""
     config = utils.DataConfig("mnist", "", 32, 8, 1)
     sets = [utils.load_data_set(config, train, os.environ["SR3_DATA_DIR"]) for train in (True, False)]

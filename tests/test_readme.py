@@ -94,7 +94,7 @@ def test_the_curves_are_those_of_the_reference():
 
 @pytest.mark.skipif("SR3_DATA_DIR" not in os.environ, reason="SR3_DATA_DIR doesn't name a folder with MNIST")
 @pytest.mark.parametrize("line, name, tolerance", [(1, "regression", 0.1), (2, "sr3", 0.3)])
-def test_the_shipped_weights_draw_digits_as_well_as_the_readme_says(line, name, tolerance):
+def test_the_shipped_weights_draw_digits_as_well_as_the_readme_says(all_cores, line, name, tolerance):
     config = utils.load_config(ROOT / "configs/mnist_8x.toml")
     images, _ = utils.load_data_set(config.data, False, os.environ["SR3_DATA_DIR"])
     high_res, _, context = train_mnist.make_pair(images[:64], config)
