@@ -1,61 +1,69 @@
 """SR3, "Image Super-Resolution via Iterative Refinement" (arXiv 2104.07636): the noise levels, Algorithms 1 and 2.
 
 The story in the paper's order. A diffusion adds noise to the high-resolution image y_0 until nothing is left of it
-(section 2.1). f_θ, a network, learns to tell the noise from the image, with the low-resolution image x to lean on
-(section 2.2, Algorithm 1). A new image is made by starting from noise alone and taking it away bit by bit (section 2.3,
-Algorithm 2). Images are [B, C, H, W] in [-1, 1]; the U-Net U is any module called as unet(x, y_t, gamma), gamma [B].
+(section 2.1). A network f_θ learns to predict that noise, with the low-resolution image x beside it (section 2.2,
+Algorithm 1). A new image is made by starting from pure noise and removing it step by step (section 2.3, Algorithm 2).
+
+All images are [B, C, H, W] in [-1, 1]; x is already enlarged to the size of y_0. This file needs torch and einops only.
+To use SR3 in a project of your own, copy it together with unet.py, or pass in any network that is called as
+unet(x, y_t, gamma), with gamma [B], and returns [B, C, H, W].
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unet import UNet
-from utils import Config, InputError, load_checkpoint, parse_config
-
 
 class SR3(nn.Module):
-    """The diffusion of section 2.1 around a U-Net: `predict_noise` is f_θ, `loss` trains it, `refine` draws with it.
+    """The diffusion around a U-Net: `predict_noise` is f_θ, `forward` is Algorithm 1, `refine` is Algorithm 2.
 
-    The schedule is β_t = 1 - α_t, linear from `beta_start` to `beta_end` in `num_timesteps` steps, T of the paper.
-    Buffer `gammas`, [T + 1]: γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied up in float64, then rounded to float32 once.
-    All that follows uses these float32 values as they are, so f_θ is told the very noise level that is in ỹ. Raises
-    ValueError unless γ_1 < 1 and γ_T > 1e-8 in float32.
+    The noise schedule is β_t = 1 - α_t, linear from `beta_start` to `beta_end` in `num_timesteps` steps, the paper's T.
+    The buffer `gammas`, [T + 1] in float32, holds γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied in float64.
+    `loss_weight` is "1/gamma" or "1", see `forward`. Raises ValueError for another weight, and for a schedule with γ_1
+    not below 1 or γ_T not above 1e-8.
     """
 
-    def __init__(self, unet: nn.Module, num_timesteps: int = 2000, beta_start: float = 1e-6, beta_end: float = 1e-2):
+    def __init__(
+        self,
+        unet: nn.Module,
+        num_timesteps: int = 2000,
+        beta_start: float = 1e-6,
+        beta_end: float = 1e-2,
+        loss_weight: str = "1/gamma",
+    ):
         super().__init__()
+        if loss_weight not in ("1/gamma", "1"):
+            raise ValueError(f'loss_weight is {loss_weight!r}: it must be "1/gamma" or "1"')
         self.unet = unet
+        self.loss_weight = loss_weight
         alphas = 1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
-        gammas = torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)])  # [T + 1]
-        gammas = gammas.float()
+        gammas = torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)]).float()  # [T + 1]
         if not 1e-8 < gammas[-1] <= gammas[1] < 1:
             schedule = f"β from {beta_start} to {beta_end} in {num_timesteps} steps"
             raise ValueError(f"{schedule}: γ_1 … γ_T must be smaller than 1 and larger than 1e-8")
         self.register_buffer("gammas", gammas, persistent=False)
 
     def predict_noise(self, context: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
-        """f_θ(x, ỹ, γ) = √(1 - γ) · ỹ + √γ · U(x, ỹ, γ): x and ỹ [B, C, H, W], γ [B] -> the noise in ỹ, float32.
+        """f_θ(x, ỹ, γ) = √(1 - γ) · ỹ + √γ · U(x, ỹ, γ): x and ỹ [B, C, H, W], γ [B] -> the noise in ỹ, in float32.
 
-        Why not f_θ = U? Equation (10) would divide U's error by √γ, which is 1/150 at t = T. With the line above, f_θ
-        is ε exactly when U is √γ ε - √(1 - γ) y_0, and (10) becomes ŷ_0 = √γ ỹ - √(1 - γ) U: nothing is amplified. This
-        is the v-prediction of Salimans and Ho (arXiv 2202.00512). Loss and algorithms stay the paper's.
-
-        The products are float32 also under autocast: divided by √γ, bfloat16's rounding alone would be 0.6.
+        Why not f_θ = U? Equation (10) would divide the error of U by √γ, which is 1/150 at t = T. With the line above,
+        f_θ is ε exactly when U is v = √γ ε - √(1 - γ) y_0, and (10) becomes ŷ_0 = √γ ỹ - √(1 - γ) U, which amplifies
+        nothing. This is the v-prediction of Salimans and Ho (arXiv 2202.00512); the paper does not say how its f_θ is
+        computed. The products are float32 even under autocast: bfloat16 rounds too coarsely to be divided by √γ.
         """
         level = rearrange(gamma, "b -> b 1 1 1")
         return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t, gamma).float()
 
-    def loss(self, high_res: Tensor, context: Tensor) -> Tensor:
-        """Algorithm 1 for one batch: the mean of (f_θ(x, ỹ, γ) - ε)², equation (6) with p = 2; a scalar.
+    def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
+        """Algorithm 1 for one batch of y_0 and x, both [B, C, H, W] in [-1, 1]: the loss of equation (6), a scalar.
 
-        `high_res` is y_0, `context` is x, both [B, C, H, W], scaled to [-1, 1]: line 2 of the algorithm.
+        The paper's loss is the mean of (f_θ - ε)², `loss_weight="1"`. Since f_θ - ε = √γ (U - v), it hardly counts what
+        U gets wrong at small γ, where the layout of the image is decided. With "1/gamma" each error is divided by its
+        γ, so all levels count alike: the "SNR + 1" weighting of Salimans and Ho, section 4.
         """
         # Line 3: γ ~ p(γ): t uniform in 1…T, then γ uniform between γ_t and γ_{t-1} (section 2.4).
         t = torch.randint(1, len(self.gammas), high_res.shape[:1], device=high_res.device)  # [B]
@@ -64,112 +72,73 @@ class SR3(nn.Module):
         noise = torch.randn_like(high_res)
         level = rearrange(gamma, "b -> b 1 1 1")
         y_noisy = level.sqrt() * high_res + (1 - level).sqrt() * noise
-        # Line 5: what the gradient step is taken on.
-        return F.mse_loss(self.predict_noise(context, y_noisy, gamma), noise)
+        # Line 5: the loss that the gradient step is taken on.
+        error = (self.predict_noise(context, y_noisy, gamma) - noise).square()  # [B, C, H, W]
+        return (error / level if self.loss_weight == "1/gamma" else error).mean()
 
-    forward = loss  # what DistributedDataParallel calls
+    def levels(self, steps: int) -> list[float]:
+        """The noise levels of an inference in `steps` steps, from γ_T to γ_0 = 1: those of t = T · i / steps.
 
-    @torch.no_grad()
-    def refine(
-        self,
-        context: Tensor,
-        steps: int,
-        variance: str = "posterior",
-        generator: torch.Generator | None = None,
-        y_T: Tensor | None = None,
-    ) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """Algorithm 2: from noise to an image; yields (γ, y_t, ŷ_0) after each step, the last one with γ = 1.
-
-        `context` is x, [B, C, H, W] in [-1, 1]. `steps` is from 1 to T, on the same weights, since f_θ is told γ.
-        `variance` is the σ_t² of the noise put back in: "posterior" is equation (4)'s, "forward" the paper's 1 - α_t.
-        `generator` (on x's device) makes the result reproducible; `y_T` starts from that noise instead of drawing it.
-        Raises ValueError where steps or variance is none of these.
+        f_θ is told γ and not t, so their number is free after training. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         T = len(self.gammas) - 1
         if not 1 <= steps <= T:
             raise ValueError(f"steps is {steps}: give a number of refinement steps from 1 to {T}")
-        if variance not in ("posterior", "forward"):
-            raise ValueError(f'variance is {variance!r}: give "posterior" or "forward"')
+        return [self.gammas[T * i // steps].item() for i in range(steps, -1, -1)]
 
-        def randn():
-            return torch.randn(context.shape, generator=generator, device=context.device)
+    @torch.no_grad()
+    def refine(
+        self, context: Tensor, steps: int, generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Algorithm 2 for x, [B, C, H, W] in [-1, 1]: yields (y_t, ŷ_0) after each step; the last y_t is the image.
 
-        # The levels are some of the training's, t = T · (i / steps)²: closer together where little noise is left.
-        gammas = self.gammas.tolist()  # float64, for the arithmetic on levels below
-        # At least i, so that no level comes twice. From γ_T to γ_0 = 1.
-        gammas = [gammas[max(i, round(T * (i / steps) ** 2))] for i in range(steps, -1, -1)]
-        y_t = randn() if y_T is None else y_T  # line 1
-        for gamma_t, gamma_s in pairwise(gammas):  # line 2: from level t to the next lower noise level s
-            alpha_t = gamma_t / gamma_s  # what t keeps of s: the α_t of a process that has only these levels
+        `generator`, on the device of x, makes the result reproducible. Raises ValueError where `levels` does.
+        """
+        y_t = torch.randn(context.shape, generator=generator, device=context.device)  # line 1: y_T ~ N(0, I)
+        for gamma_t, gamma_s in pairwise(self.levels(steps)):  # line 2: from level t to s, the next with less noise
+            alpha_t = gamma_t / gamma_s  # the α_t of a process that has only these levels
             noise = self.predict_noise(context, y_t, context.new_full((len(context),), gamma_t))
             y_0_hat = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
-            z = randn() if gamma_s < 1 else 0  # line 3
-            # Line 4. The mean is equation (4)'s with ŷ_0 for y_0, which without the clamp is equation (11)'s.
+            # Line 3: z ~ N(0, I), but no noise in the last step.
+            z = torch.randn(context.shape, generator=generator, device=context.device) if gamma_s < 1 else 0
+            # Line 4, with the mean and the variance of equation (4), where ŷ_0 stands for y_0. Without the clamp this
+            # mean is equation (11). The paper's variance is 1 - α_t; measured: (4)'s is much better in 25 steps.
             mean = (gamma_s**0.5 * (1 - alpha_t) * y_0_hat + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
-            posterior = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)  # σ² of equation (4); the paper's is 1 - α_t
-            sigma = (posterior if variance == "posterior" else 1 - alpha_t) ** 0.5
-            y_t = mean + sigma * z
-            yield gamma_s, y_t, y_0_hat
+            variance = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)
+            y_t = mean + variance**0.5 * z
+            yield y_t, y_0_hat
 
-    def sample(self, context: Tensor, steps: int, **options) -> Tensor:
+    def sample(self, context: Tensor, steps: int, generator: torch.Generator | None = None) -> Tensor:
         """The last y_t of `refine`, whose arguments it takes: [B, C, H, W] in [-1, 1]."""
-        for _, y_t, _ in self.refine(context, steps, **options):
+        for y_t, _ in self.refine(context, steps, generator):
             pass
         return y_t  # line 6
 
 
 class Regression(nn.Module):
-    """The baseline of section 4: the U-Net without noise, U(x, 0, 1), maps x straight to y_0. Called like SR3."""
+    """The baseline of section 4: U(x, 0, 1), the U-Net without noise, maps x straight to y_0. Called like SR3."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet
 
     def predict(self, context: Tensor) -> Tensor:
-        """x -> ŷ_0, both [B, C, H, W], in float32: zeros take the place of ỹ, and γ = 1 says that there is no noise."""
+        """x -> ŷ_0, both [B, C, H, W], in float32. Zeros take the place of ỹ, and γ = 1 says that there is no noise."""
         return self.unet(context, torch.zeros_like(context), context.new_ones(len(context))).float()
 
-    def loss(self, high_res: Tensor, context: Tensor) -> Tensor:
-        """The mean squared error of ŷ_0, for y_0 and x as `SR3.loss` takes them; a scalar.
+    def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
+        """The mean squared error of ŷ_0 for y_0 and x, as `SR3.forward` takes them; a scalar.
 
-        The best answer to it is the mean of all y_0 that could belong to x, and that mean is blurred.
+        Its best answer is the mean of all y_0 that could belong to x, and that mean is blurred.
         """
         return F.mse_loss(self.predict(context), high_res)
 
-    forward = loss  # what DistributedDataParallel calls
-
     @torch.no_grad()
-    def refine(self, context: Tensor, steps: int = 1, **options) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """What SR3 does in many steps, in one: yields (1.0, ŷ_0, ŷ_0), whatever number is asked for."""
-        y_0 = self.predict(context).clamp(-1, 1)
-        yield 1.0, y_0, y_0
+    def refine(
+        self, context: Tensor, steps: int = 1, generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (ŷ_0, ŷ_0) once, however many steps are asked for; there is nothing to draw at random."""
+        y_0_hat = self.predict(context).clamp(-1, 1)
+        yield y_0_hat, y_0_hat
 
-    sample = SR3.sample  # deterministic: the same x gives the same ŷ_0
-
-
-def build_model(config: Config) -> SR3 | Regression:
-    """The untrained model that a config describes. Raises InputError for what `UNet` or `SR3` refuses."""
-    try:
-        unet = UNet(image_channels=config.data.channels, image_size=config.data.image_size, **asdict(config.model))
-        return SR3(unet, **asdict(config.diffusion)) if config.method == "sr3" else Regression(unet)
-    except ValueError as error:
-        raise InputError(f"config: {error}") from None
-
-
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Regression:
-    """A trained model with the averaged weights, ready to `sample`, from a checkpoint or from shipped weights.
-
-    It has its `config` and its `training_steps`. Raises InputError for what is no checkpoint.
-
-    model = load_model("output/reference/8x/sr3.pt")
-    images = model.sample(upsample(low_res, 32), steps=25)  # low_res: [B, 1, 4, 4] in [-1, 1]
-    """
-    checkpoint = load_checkpoint(path)
-    config = parse_config(checkpoint["config"], path)
-    model = build_model(config)
-    model.config, model.training_steps = config, checkpoint["step"]
-    try:
-        model.load_state_dict(checkpoint["ema"])  # half precision becomes float32 here
-    except (RuntimeError, TypeError):
-        raise InputError(f"{path} is of another version of this lesson, or damaged: its weights don't fit") from None
-    return model.eval().to(device)
+    sample = SR3.sample

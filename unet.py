@@ -1,4 +1,4 @@
-"""The U-Net U(x, ỹ, γ): DDPM's, with the changes of the paper's section 2.4.
+"""The U-Net U(x, ỹ, γ): DDPM's, with changes of the paper's section 2.4.
 
 It sees the low-resolution image x, enlarged to the target size, beside the noisy image ỹ, and is told the noise level
 γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U.
@@ -88,7 +88,8 @@ class UNet(nn.Module):
     way up. Self-attention follows the residual blocks whose resolution is in `attention_resolutions`.
 
     C is `image_channels`, 1 or 3; `image_size` is H and W. Raises ValueError for other channels, for sizes that the
-    levels don't have, and for features that the norms' groups or the attention's heads don't divide.
+    levels don't have, and for features that the norms' groups or the attention's heads don't divide. `forward` raises
+    it for an x of another shape, type or device than the network's.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class UNet(nn.Module):
             raise ValueError(f"features is {features}: it must be a multiple of {GROUPS} and of {heads}")
         if not set(attention_resolutions) <= set(sizes):
             raise ValueError(f"attention_resolutions is {attention_resolutions}: the levels have {sizes}")
+        self.image_shape = (image_channels, image_size, image_size)
         embedding_dim = 4 * features
 
         def block(in_channels: int, out_channels: int, resample: str = "") -> ResidualBlock:
@@ -146,6 +148,11 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(widths[0], image_channels, 3, padding=1))
 
     def forward(self, x: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
+        weight = self.conv_in.weight
+        if x.shape[1:] != self.image_shape or (x.dtype, x.device) != (weight.dtype, weight.device):
+            wanted = f"[B, {', '.join(map(str, self.image_shape))}] of {weight.dtype} on {weight.device}"
+            raise ValueError(f"x is {list(x.shape)} of {x.dtype} on {x.device}: the network wants {wanted}")
+
         # The noise level as the angle whose cosine is √γ and whose sine is √(1 - γ): unlike γ, it tells levels apart
         # as well next to 0 as next to 1.
         angle = torch.atan2((1 - gamma).sqrt(), gamma.sqrt())  # [B]

@@ -1,24 +1,23 @@
-"""What the lesson needs besides the method: settings, the machine, data sets, bicubic resampling, grids, safe files."""
+"""What the lesson needs besides the method: errors, settings, models, the machine, data sets, resampling, files."""
 
 import sys
 
 if sys.version_info < (3, 11):
-    sys.stderr.write("Python is %d.%d: this lesson needs 3.11 or newer\n" % sys.version_info[:2])
-    sys.exit(2)
+    sys.exit("Python is %d.%d: this lesson needs 3.11 or newer" % sys.version_info[:2])
 
-import functools
+import csv
 import io
 import itertools
 import os
 import signal
 import socket
 import tomllib
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, get_args, get_origin
+from types import SimpleNamespace
+from typing import NoReturn
 from urllib.error import URLError
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what an Apple GPU lacks, its CPU does
@@ -28,41 +27,49 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from sr3 import SR3, Regression
+from unet import UNet
 
 HERE = Path(__file__).resolve().parent
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a script starts and ends
 
 
 class InputError(Exception):
     """Bad input, as one line for the user: what was wrong, the value, what to do. The script exits with status 2."""
 
 
-class DatasetUnavailable(InputError):
-    """A data set is neither on disk nor downloadable."""
+AT_END = ExitStack()  # what a script undoes when it ends, however it ends: signal handlers, the lock of its folder
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
     """Ends the script with one line on stderr, which names the rank unless it is the first; status 2 is bad input."""
-    script = Path(sys.argv[0]).name + f" (rank {RANK})" * (RANK > 0)
-    with suppress(OSError):
+    rank = os.environ.get("RANK") or "0"
+    script = Path(sys.argv[0]).name + f" (rank {rank})" * (rank != "0")
+    with suppress(OSError, ValueError):
         print(f"{script}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 @contextmanager
-def errors_in_one_line(if_stopped: str = "stopped", if_too_large: str = "give fewer images"):
+def errors_in_one_line(if_too_large: str = "give fewer images"):
     """Around a script's main part: what goes wrong with its input, files, memory or keyboard becomes one line."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console without γ shows a question mark
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is something else
+            stream.reconfigure(errors="replace")  # a console without γ shows a question mark
     try:
-        yield
+        with AT_END:
+            yield
         sys.stdout.flush()
     except InputError as error:
         fail(error)
@@ -78,12 +85,12 @@ def errors_in_one_line(if_stopped: str = "stopped", if_too_large: str = "give fe
             raise
         fail(f"stopped, most likely since another rank has failed ({str(error)[:100]})")
     except KeyboardInterrupt:
-        fail(if_stopped, status=130)
+        fail("stopped", status=130)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Each device has its own words for it, most of them in a RuntimeError."""
-    words = ("out of memory", "allocate memory", "enough memory")
+    """Each device has its own words for it, most of them in a RuntimeError; "ALLOC_FAILED" is cuDNN's and cuBLAS's."""
+    words = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
@@ -99,241 +106,295 @@ def catch_signals() -> list[int]:
         signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM) if RANKS == 1 else ():
-        signal.signal(number, receive)
+        with suppress(ValueError):  # raised outside the main thread, which signals don't reach
+            AT_END.callback(signal.signal, number, signal.signal(number, receive))
     return received
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: the keys of configs/*.toml, where each is explained, with their types and the values they may take
+def read_ranks() -> tuple[int, int, int]:
+    """Rank, local rank and number of ranks, which torchrun puts into the environment; without it 0, 0, 1.
 
-
-@dataclass
-class DataConfig:
-    dataset: Literal["mnist", "fashion_mnist", "cifar10", "folder", "digits"]
-    fallback: Literal["digits", ""]
-    image_size: Annotated[int, 16, 1024]
-    low_res_size: Annotated[int, 1, 1023]
-    channels: Annotated[int, 1, 3]
-
-
-@dataclass
-class ModelConfig:
-    features: Annotated[int, 8, 1024]
-    channel_multipliers: list[Annotated[int, 1, 64]]
-    blocks_per_level: Annotated[int, 1, 16]
-    attention_resolutions: list[Annotated[int, 1, 1024]]
-    attention_heads: Annotated[int, 1, 64]
-    dropout: Annotated[float, 0, 0.9]
-
-
-@dataclass
-class DiffusionConfig:
-    num_timesteps: Annotated[int, 1, 100_000]
-    beta_start: Annotated[float, 1e-7, 0.999]
-    beta_end: Annotated[float, 1e-7, 0.999]
-
-
-@dataclass
-class SamplingConfig:
-    steps: Annotated[int, 1, 100_000]
-    variance: Literal["posterior", "forward"]
-
-
-@dataclass
-class TrainingConfig:
-    num_training_steps: Annotated[int, 1, 10**9]
-    batch_size: Annotated[int, 1, 10**6]
-    learning_rate: Annotated[float, 1e-9, 1]
-    warmup_steps: Annotated[int, 0, 10**9]
-    max_grad_norm: Annotated[float, 1e-6, 1e6]
-    ema_decay: Annotated[float, 0, 0.999999]
-    sample_every: Annotated[int, 1, 10**9]
-    early_samples: list[Annotated[int, 1, 10**9]]
-    precision: Literal["auto", "float32", "bfloat16", "float16"]
-    seed: Annotated[int, 0, 2**31 - 1]
-
-
-@dataclass
-class Config:
-    method: Literal["sr3", "regression"]
-    data: DataConfig
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    sampling: SamplingConfig
-    training: TrainingConfig
-
-
-def load_config(path: str | Path, flags: dict | None = None) -> Config:
-    """Read a config file; flags that are not None replace the settings of its [training] section that have their names.
-
-    Raises InputError for a file that is no TOML, a key that is unknown or missing, a value of the wrong type or out of
-    range, and sizes that don't go together.
+    Raises InputError where these variables are incomplete or don't go together.
     """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ.get(name, "") for name in names}
+    if given["WORLD_SIZE"] in ("", "1") and given["RANK"] in ("", "0"):
+        return 0, 0, 1
+    with suppress(ValueError):
+        rank, local_rank, ranks = (int(given[name]) for name in names[:3])
+        if 0 <= local_rank <= rank < ranks and given["MASTER_ADDR"] and given["MASTER_PORT"]:
+            return rank, local_rank, ranks
+    values = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    raise InputError(f"the environment has {values}: start several ranks with torchrun, or unset these variables")
+
+
+try:
+    RANK, LOCAL_RANK, RANKS = read_ranks()
+except InputError as error:
+    fail(error)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: those of configs/mnist.toml, where each is explained
+
+CHOICES = {
+    "method": ("sr3", "regression"),
+    "dataset": ("mnist", "fashion_mnist", "cifar10", "folder", "digits"),
+    "loss_weight": ("1/gamma", "1"),
+    "precision": ("auto", "float32", "bfloat16"),
+}
+LIMITS = {  # of numbers, and of the numbers in a list; all others are from 1 to a million
+    "image_size": (16, 1024),
+    "features": (8, 1024),
+    "channel_multipliers": (1, 64),
+    "dropout": (0, 0.9),
+    "num_timesteps": (1, 100_000),
+    "beta_start": (1e-7, 0.999),
+    "beta_end": (1e-7, 0.999),
+    "num_training_steps": (1, 10**9),
+    "learning_rate": (1e-9, 1),
+    "warmup_steps": (0, 10**9),
+    "max_grad_norm": (1e-6, 1e6),
+    "sample_every": (1, 10**9),
+    "early_samples": (1, 10**9),
+    "seed": (0, 2**31 - 1),
+}
+
+
+def read_toml(path: str | Path) -> dict:
+    """The lines of a config file. Raises InputError where it is no TOML."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"{path} is not valid TOML: {error}") from None
-    training = values.get("training")
-    if flags and isinstance(training, dict):
-        training |= {name: flags[name] for name in training if flags.get(name) is not None}
-    return parse_config(values, path)
 
 
-def parse_config(values: dict, source: str | Path) -> Config:
-    """Turn nested dictionaries into a Config; errors as `load_config`, naming `source`."""
-    config = parse_value(values, f"{source}: ", Config)
-    small, size = config.data.low_res_size, config.data.image_size
-    if small >= size:
-        raise InputError(f"{source}: data.low_res_size is {small}: it must be less than image_size, {size}")
-    steps, T = config.sampling.steps, config.diffusion.num_timesteps
-    if steps > T:
-        raise InputError(f"{source}: sampling.steps is {steps}: it must be at most num_timesteps, {T}")
+DEFAULTS = read_toml(HERE / "configs/mnist.toml")
+
+
+def load_config(path: str | Path | None = None, flags: dict | None = None, base: dict | None = None) -> SimpleNamespace:
+    """All settings: those of `base`, by default configs/mnist.toml's, then a config file's own lines, then the flags.
+
+    Flags that are None, or no settings, count as not given. Raises InputError for a file that is no TOML, an unknown
+    setting, a value that is of another type than its default or out of range, and sizes that don't go together.
+    """
+    lines = read_toml(path) if path else {}
+    flags = {name: value for name, value in (flags or {}).items() if name in DEFAULTS and value is not None}
+    config = {}
+    for source, values in ((f"{path}: ", lines), ("--", flags)):
+        config |= {name: check_setting(name, value, source) for name, value in values.items()}
+    config = SimpleNamespace(**(base or DEFAULTS) | config)
+    if config.low_res_size >= config.image_size:
+        raise InputError(f"low_res_size is {config.low_res_size}: it must be less than image_size, {config.image_size}")
+    if config.sampling_steps > config.num_timesteps:
+        limit = f"it must be at most num_timesteps, {config.num_timesteps}"
+        raise InputError(f"sampling_steps is {config.sampling_steps}: {limit}")
     return config
 
 
-def parse_value(value: object, name: str, kind: type):
-    """A value as the type of its setting wants it, a section as a dataclass; `name` opens the error lines."""
-    if is_dataclass(kind):
-        kinds, values = {f.name: f.type for f in fields(kind)}, dict(value) if isinstance(value, dict) else {}
-        for key in [*values, *kinds]:
-            if key not in kinds or key not in values:
-                fault = "is missing" if key in kinds else "is not a setting"
-                raise InputError(f"{name}{key} {fault}; the settings here are {', '.join(kinds)}")
-        for key, of in kinds.items():
-            values[key] = parse_value(values[key], f"{name}{key}" + "." * is_dataclass(of), of)
-        return kind(**values)
-    arguments = get_args(kind)
-    if get_origin(kind) is list:
-        if isinstance(value, list):
-            return [parse_value(item, name, *arguments) for item in value]
-        valid, hint = False, "a list"
-    elif get_origin(kind) is Literal:
-        valid, hint = value in arguments, f"one of {', '.join(map(repr, arguments))}"
+def check_setting(name: str, value: object, source: str) -> object:
+    """The value, as a float where the default is one. InputError where it can't be; `source` opens the line."""
+    if name not in DEFAULTS:
+        raise InputError(f"{source}{name} is not a setting; the settings are {', '.join(DEFAULTS)}")
+    default = DEFAULTS[name]
+    if isinstance(default, str):
+        valid, wanted = value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
     else:
-        number, low, high = arguments
-        valid = type(value) in (int, number) and low <= value <= high
-        hint = f"a{' whole' * (number is int)} number from {low:,} to {high:,}"
+        low, high = LIMITS.get(name, (1, 10**6))
+        kinds, word = ((int, float), "number") if isinstance(default, float) else ((int,), "whole number")
+        several = isinstance(default, list)
+        numbers = value if several else [value]
+        valid = isinstance(numbers, list) and all(type(n) in kinds and low <= n <= high for n in numbers)
+        wanted = f"{'a list, each a' if several else 'a'} {word} from {low:,} to {high:,}"
     if not valid:
-        raise InputError(f"{name} is {value!r}: it must be {hint}")
-    return value
+        raise InputError(f"{source}{name} is {value!r}: it must be {wanted}")
+    return float(value) if isinstance(default, float) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The machine: device, precision, memory layout, compiler
+# Models
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, else cuda, else mps, else cpu; ranks have a GPU each. InputError if it isn't there."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, kinds = name.split(":")[0], ("cuda", "mps", "cpu") if RANKS == 1 else ("cuda", "cpu")
-    if kind not in kinds:
-        ranks = f" with {RANKS} ranks" * (RANKS > 1)
-        raise InputError(f"device {name}{ranks} is not one of {', '.join(kinds)}; give another --device")
-    if RANKS > 1 and kind == "cuda":
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > (gpus := torch.cuda.device_count()):
-            raise InputError(f"there are more ranks than GPUs, {gpus}; give --nproc_per_node={gpus}, or --device cpu")
-        torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
+def build_model(config: SimpleNamespace) -> SR3 | Regression:
+    """The untrained model that a config describes. Raises InputError for what `UNet` or `SR3` refuses."""
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
-        reason = str(error)[:80]
-        raise InputError(f"device {name} is not there ({reason}); leave out --device to use what is") from None
+        unet = UNet(
+            image_channels=config.channels,
+            features=config.features,
+            channel_multipliers=config.channel_multipliers,
+            blocks_per_level=config.blocks_per_level,
+            attention_resolutions=config.attention_resolutions,
+            attention_heads=config.attention_heads,
+            dropout=config.dropout,
+            image_size=config.image_size,
+        )
+        if config.method == "regression":
+            return Regression(unet)
+        return SR3(unet, config.num_timesteps, config.beta_start, config.beta_end, config.loss_weight)
+    except ValueError as error:
+        raise InputError(error) from None
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Regression:
+    """A trained model with the averaged weights, ready to `sample`, from a checkpoint or from shipped weights.
+
+    It has its `config` and its `step`, the number of training steps. Raises InputError for what is no checkpoint.
+    """
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint["config"])
+    model.config, model.step = checkpoint["config"], checkpoint["step"]
+    load_state(model, checkpoint["ema"], path)  # half precision becomes float32 here
+    return model.eval().to(device)
+
+
+def load_state(part: nn.Module | torch.optim.Optimizer, state: dict, path: str | Path) -> None:
+    """`load_state_dict`, with an InputError where the state, which is from the checkpoint at `path`, doesn't fit."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path} is of another version of this lesson, or damaged: its state doesn't fit") from None
+
+
+def load_checkpoint(path: str | Path, parts: tuple[str, ...] = ("config", "step", "ema")) -> dict:
+    """What `save_checkpoint` wrote, on the CPU. Raises InputError for something else, or where a part is missing."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["config"].keys() != DEFAULTS.keys():
+            raise KeyError("a setting is missing, or unknown")
+        return {name: checkpoint[name] for name in parts} | {"config": load_config(flags=checkpoint["config"])}
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
+        reason = f"it is something else, cut off, or lacks one of {', '.join(parts)} ({type(error).__name__})"
+        raise InputError(f"{path} is no checkpoint of this lesson: {reason}; give another") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The named device, else the first of cuda, mps and cpu that can compute; each rank has a GPU of its own.
+
+    Raises InputError where the named one can't compute, and where there are fewer GPUs than ranks on this machine.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": RANKS == 1 and torch.backends.mps.is_available(), "cpu": True}
+    kind = name.split(":")[0] if name else next(kind for kind in there if there[kind])
+    if kind not in there or (kind == "mps" and RANKS > 1):
+        ranks = f" with {RANKS} ranks" * (RANKS > 1)
+        raise InputError(f"device {name}{ranks} is none of cuda, mps (one rank only), cpu; give another --device")
+    if RANKS > 1 and kind == "cuda":
+        if LOCAL_RANK >= (gpus := torch.cuda.device_count()):
+            raise InputError(f"there are more ranks than GPUs, {gpus}; give --nproc_per_node={gpus}, or --device cpu")
+        name = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(name)
+    candidates = [name] if name else [kind for kind in there if there[kind]]
+    for candidate in candidates:
+        try:
+            torch.ones(1, device=candidate).sum().item()  # fails on a GPU that is too old for this PyTorch
+            return torch.zeros(1, device=candidate).device
+        except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
+            reason = str(error).strip().splitlines()[0][:100]
+        if name:
+            raise InputError(f"device {name} can't compute here ({reason}); leave out --device to use what can")
+        print(f"{candidate} is there but can't compute ({reason}); trying the next device", file=sys.stderr)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """What autocast uses for the network: with "auto" the fastest type that the machine computes natively."""
-    if name == "float16" and device.type == "cpu":
-        raise InputError('training.precision is "float16" on a CPU, which only emulates it; give "auto"')
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":  # bfloat16 is native since Ampere; a T4 only emulates it
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    cpuinfo = Path("/proc/cpuinfo")  # AMX or AVX512-BF16; Linux tells
-    native = device.type == "cpu" and cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
-    return torch.bfloat16 if native else torch.float32
+    """The type that autocast gives the network; with "auto" bfloat16 on a CPU that computes in it, else float32.
+
+    Why float32 on GPUs? For a network as small as the default a GPU waits for its instructions, not for arithmetic, and
+    autocast's conversions are instructions, too. Raises InputError for bfloat16 on a GPU that only emulates it.
+    """
+    if name == "auto":
+        cpuinfo = Path("/proc/cpuinfo")  # Linux lists AVX512-BF16 and AMX there
+        native = device.type == "cpu" and cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
+        return torch.bfloat16 if native else torch.float32
+    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise InputError('precision is "bfloat16", which this GPU only emulates; give --precision float32')
+    return getattr(torch, name)
 
 
-def choose_autocast(precision: torch.dtype, device: torch.device) -> Callable:
-    """The context that a network runs in."""
-    return nullcontext if precision == torch.float32 else functools.partial(torch.autocast, device.type, precision)
-
-
-def choose_layout(features: int, device: torch.device) -> torch.memory_format:
-    """Channels last for wide networks and GPUs' matrix units; measured on CPUs: narrow ones train faster without."""
-    return torch.channels_last if features >= 64 or device.type == "cuda" else torch.contiguous_format
-
-
-def compile_networks(networks: list[nn.Module], wanted: bool | None, device: torch.device) -> None:
-    """torch.compile each network in place, by default on GPUs; one line says so where it can't work."""
-    if not (device.type == "cuda" if wanted is None else wanted):
-        return
+def compile_networks(networks: list[nn.Module], device: torch.device) -> None:
+    """torch.compile each network in place. Raises InputError where that can't work, as without a C++ compiler."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))  # fails without Triton, or a C++ compiler
-    except Exception as error:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # of many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"torch.compile doesn't work here ({reason}); going on without it", file=sys.stderr)
-        torch._dynamo.reset()
-        return
+        raise InputError(f"torch.compile doesn't work here ({reason}); leave out --compile") from None
+    print("compiling the network; the first step takes some minutes", flush=True)
     for network in networks:
-        network.compile(dynamic=False)  # batches of training and of drawing keep their sizes
+        network.compile(dynamic=False)  # batches keep their sizes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data sets: all of them become uint8 [N, C, S, S], which is small enough to lie in the device's memory as a whole
+# Data sets: each becomes uint8 [N, C, S, S], small enough to lie in the device's memory as a whole
 
 
-def load_data(config: DataConfig, data_dir: str | Path) -> list[tuple[Tensor, Tensor | None]]:
-    """The training and the test set, as `load_data_set` gives them; where they can't be had, those of the fallback.
-
-    `config.dataset` then becomes that. With several ranks the first one loads, which may download and unpack, while the
-    others wait to be told what it has chosen.
-    """
-
-    def load() -> list[tuple[Tensor, Tensor | None]]:
-        return [load_data_set(config, train, data_dir) for train in (True, False)]
-
-    if RANK == 0:
-        try:
-            sets = load()
-        except DatasetUnavailable as error:
-            if not config.fallback:
-                raise
-            config.dataset, line = config.fallback, "!" * 100
-            print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN DIGITS INSTEAD.\n{line}", file=sys.stderr)
-            sets = load()
-    if RANKS > 1:
-        chosen = [config.dataset]
-        dist.broadcast_object_list(chosen)  # NCCL's init_process_group doesn't wait, this does
-        config.dataset = chosen[0]
-    return sets if RANK == 0 else load()
+class DatasetUnavailable(InputError):
+    """A data set is neither on disk nor downloadable."""
 
 
-def load_data_set(config: DataConfig, train: bool, data_dir: str | Path) -> tuple[Tensor, Tensor | None]:
-    """A data set's training or test images, uint8 [N, channels, image_size, image_size] in 0…255, and their labels.
+Images = tuple[Tensor, Tensor | None]  # uint8 [N, channels, image_size, image_size] in 0…255; labels, int64 [N] from 0
+
+
+def load_data(
+    config: SimpleNamespace, data_dir: str | Path, or_digits: bool = False, leave_out: Path | None = None
+) -> list[Images]:
+    """The training set and the test set.
 
     "mnist", "fashion_mnist" and "cifar10" are read from `data_dir`, downloaded into it first where they are missing;
-    "folder" is all images below `data_dir`, every tenth of them for testing; "digits" is drawn. Resizing is bilinear
-    and antialiased. Labels are int64 [N] from 0; a folder has None. Raises DatasetUnavailable without files and
-    network, InputError for files that are damaged.
+    "folder" is all pictures below `data_dir` but those in `leave_out`, every tenth of them for testing, without labels;
+    "digits" are drawn. Where MNIST can't be had and `or_digits` is set, digits take its place: `config.dataset` then
+    says so. Raises DatasetUnavailable without files and network, InputError for files that are damaged.
+
+    Of several ranks the first one loads before the others, since it may download and unpack.
     """
-    size, channels, labels = config.image_size, config.channels, None
+    if RANKS > 1 and RANK > 0:
+        config.dataset = tell_other_ranks(config.dataset)
+    try:
+        sets = load_sets(config, Path(data_dir), leave_out)
+    except DatasetUnavailable as error:
+        if not (or_digits and config.dataset == "mnist"):
+            raise
+        line = "!" * 100
+        print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN DIGITS INSTEAD.\n{line}", file=sys.stderr)
+        config.dataset = "digits"
+        sets = load_sets(config, Path(data_dir), leave_out)
+    if RANKS > 1 and RANK == 0:
+        tell_other_ranks(config.dataset)
+    return sets
+
+
+def tell_other_ranks(value: object) -> object:
+    """The first rank's value on every rank; the others wait until it calls this."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def load_sets(config: SimpleNamespace, data_dir: Path, leave_out: Path | None) -> list[Images]:
+    """`load_data` on one rank, without its fallback."""
+    size, channels = config.image_size, config.channels
     if config.dataset == "digits":
-        return draw_digits(60_000 if train else 10_000, size, channels, seed=0 if train else 1)
+        return [draw_digits(60_000, size, channels, seed=0), draw_digits(10_000, size, channels, seed=1)]
     if config.dataset == "folder":
-        images = load_folder(Path(data_dir), size)
+        images = load_folder(data_dir, size, channels, leave_out)  # [N, C, S, S]
         is_test = torch.arange(len(images)) % 10 == 0
-        images = images[is_test != train] if len(images) > 1 else images
-    else:
-        images, labels = load_torchvision(config.dataset, train, Path(data_dir))
+        return [(images[~is_test] if len(images) > 1 else images, None), (images[is_test], None)]
+    sets = []
+    for train in (True, False):
+        images, labels = load_torchvision(config.dataset, train, data_dir)
+        if channels == 1 and images.shape[1] == 3:
+            images = TF.rgb_to_grayscale(images)
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    if channels == 1 and images.shape[1] == 3:
-        images = torch.cat([TF.rgb_to_grayscale(part.float()).round().byte() for part in images.split(1000)])
-    return images.expand(-1, channels, -1, -1).contiguous(), labels
+        sets.append((images.expand(-1, channels, -1, -1).contiguous(), labels))
+    return sets
 
 
 def load_torchvision(dataset: str, train: bool, data_dir: Path) -> tuple[Tensor, Tensor]:
-    """uint8 [N, C, H, W] of MNIST, Fashion-MNIST or CIFAR-10, int64 [N]; errors as `load_data_set`."""
+    """uint8 [N, C, H, W] of MNIST, Fashion-MNIST or CIFAR-10, and int64 [N]; errors as `load_data`."""
     name = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
     kind = getattr(torchvision.datasets, name)
     if dataset == "cifar10":
@@ -360,35 +421,64 @@ def load_torchvision(dataset: str, train: bool, data_dir: Path) -> tuple[Tensor,
     return images, torch.as_tensor(data.targets)
 
 
-@functools.cache
-def load_folder(folder: Path, image_size: int) -> Tensor:
-    """All images below a folder, upright, centre-cropped to squares and resized: uint8 [N, 3, image_size, image_size].
+def load_folder(folder: Path, size: int, channels: int, leave_out: Path | None = None) -> Tensor:
+    """All pictures below a folder, sorted, cropped to squares and resized: uint8 [N, channels, size, size].
 
-    Files that can't be read are named on stderr and left out. Raises InputError where no image remains.
+    Links are followed; hidden folders and `leave_out` are not entered. Files that can't be read are named on stderr and
+    left out, other files counted. Raises InputError where no picture remains.
     """
-    images, small = [], []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS):
-        try:
-            picture = ImageOps.exif_transpose(Image.open(path))
-            if picture.mode[0] in "IF":  # one grey level a pixel, of 16 or 32 bits: white is what the type suggests
-                grey = torch.from_numpy(np.array(picture, dtype=np.float32))  # [height, width]
-                whites = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
-                white = next((white for white in whites if grey.max() <= white), grey.max())
-                image = (255 * grey / white).round().clamp(min=0).byte().expand(3, -1, -1)
-            else:
-                image = TF.pil_to_tensor(picture.convert("RGB"))  # [3, height, width]
-        except Exception as error:  # a damaged picture can raise almost anything
-            print(f"skipping {path}: {error}", file=sys.stderr)
+    paths, ignored, seen = [], Counter(), {leave_out.resolve()} if leave_out else set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if (here := Path(parent).resolve()) in seen:  # also a link that leads in a circle
+            folders.clear()
             continue
-        side = min(image.shape[1:])
-        small += [str(path)] * (side < image_size)
-        images.append(TF.resize(TF.center_crop(image, side), [image_size, image_size], antialias=True))
+        seen.add(here)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in files if not name.startswith(".")):
+            ending = path.suffix.lower()
+            paths.append(path) if ending in IMG_EXTENSIONS else ignored.update([ending or "no ending"])
+    images, small = [], []
+    for path in tqdm(sorted(paths), desc="reading pictures", unit="file", leave=False, disable=RANK > 0):
+        try:
+            picture = read_picture(path, channels)
+        except Exception as error:  # a damaged picture can raise almost anything
+            tqdm.write(f"skipping {path}: {error}", file=sys.stderr)
+            continue
+        small += [str(path)] * (min(picture.size) < size)
+        images.append(TF.pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)))
     if not images:
-        raise InputError(f"no readable image ({', '.join(IMG_EXTENSIONS)}) below {folder}; give another --data_dir")
+        raise InputError(f"no readable picture ({', '.join(IMG_EXTENSIONS)}) below {folder}; give another --data_dir")
     if small:
         names = ", ".join(small[:3]) + ", …" * (len(small) > 3)
-        print(f"{len(small)} smaller than {image_size}×{image_size}, enlarged: {names}", file=sys.stderr)
+        print(f"{len(small)} smaller than {size}×{size}, enlarged: {names}", file=sys.stderr)
+    if ignored:
+        counts = ", ".join(f"{number} of {ending}" for ending, number in ignored.most_common(5))
+        print(f"{ignored.total()} files are no pictures, ignored: {counts}", file=sys.stderr)
     return torch.stack(images)
+
+
+def read_picture(path: str | Path, channels: int) -> Image.Image:
+    """A picture file's first frame, turned upright, as 8-bit grey or RGB. Errors are Pillow's.
+
+    What is transparent is laid on black, or, with a line on stderr, on white where black would hide the whole drawing.
+    Grey levels of more than 8 bits are scaled, such that white is what their type suggests.
+    """
+    picture = ImageOps.exif_transpose(Image.open(path))
+    mode = "L" if channels == 1 else "RGB"
+    if picture.mode[0] in "IF":  # one grey level a pixel, of 16 or 32 bits
+        levels = np.array(picture, dtype=np.float32)  # [height, width]
+        whites = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
+        white = next((white for white in whites if levels.max() <= white), levels.max())
+        return Image.fromarray((255 * levels / white).round().clip(0, 255).astype(np.uint8)).convert(mode)
+    if not picture.has_transparency_data:
+        return picture.convert(mode)
+    picture = picture.convert("RGBA")
+    grounds = [Image.new("RGBA", picture.size, color) for color in ("black", "white")]
+    on_black, on_white = (Image.alpha_composite(ground, picture).convert(mode) for ground in grounds)
+    if on_black.convert("L").getextrema()[1] < 32 and picture.getchannel("A").getextrema()[1] > 0:
+        print(f"{path} is black on a transparent ground: laid on white", file=sys.stderr)
+        return on_white
+    return on_black
 
 
 # Three ways to write each of the ten digits. A stroke is a row of points "xy" on a 10 x 10 grid (x to the right,
@@ -458,24 +548,25 @@ def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: 
 # Bicubic resampling: how the low-resolution image is made, and from it the context x (the latter: section 2.4)
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 images in 0…255 as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """From uint8 images in 0…255 the target y_0, the low-resolution image and the context x, all in [-1, 1].
 
-
-def to_unit(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as pictures and metrics want them, in [0, 1]; what lies outside is clamped."""
-    return (images.clamp(-1, 1) + 1) / 2
-
-
-def downsample(images: Tensor, size: int) -> Tensor:
-    """Shrink [B, C, H, W] in [-1, 1] to [B, C, size, size] bicubically, antialiased, clamped where it overshoots."""
-    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    [B, C, H, W] -> [B, C, H, W], [B, C, low_res_size, low_res_size], [B, C, H, W]. Shrinking is antialiased, and is
+    clamped where it overshoots.
+    """
+    high_res = images.float() / 127.5 - 1
+    low_res = F.interpolate(high_res, (low_res_size, low_res_size), mode="bicubic", antialias=True).clamp(-1, 1)
+    return high_res, low_res, upsample(low_res, images.shape[-1])
 
 
 def upsample(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     """Enlarge [B, C, h, w] to [B, C, size, size]: to the context x, or with "nearest-exact" to squares, to look at."""
     return F.interpolate(images, (size, size), mode=mode)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as pictures and metrics want them, in [0, 1]; what lies outside is clamped."""
+    return (images.clamp(-1, 1) + 1) / 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,7 +575,7 @@ def upsample(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file such that at every moment, whatever happens, it is either the old one or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -497,81 +588,98 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
 
 
-def prepare_output(output_dir: Path, keep: bool) -> None:
-    """Make the output folder; what an earlier training left in it is moved to a folder of its own, unless `keep`."""
-    names = ["log.csv", "checkpoint.pt", "refinement.gif", "results.md", "results.json", "diversity.png"]
-    names += ["comparison.png", *(f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement"))]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(output_dir / ".probe", bytes(4096))  # a full disk shows before anything is moved
-    (output_dir / ".probe").unlink()
-    earlier = [path for name in names for path in output_dir.glob(name)]
-    if earlier and not keep:
-        folder = next(f for i in itertools.count(1) if not (f := output_dir / f"earlier-{i}").exists())
-        folder.mkdir()
+def lock_folder(folder: Path) -> None:
+    """Keep other runs out of a folder until this script ends, in whatever way. InputError where one is in it."""
+    file = AT_END.enter_context(open(folder / ".lock", "w"))
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"another run writes to {folder}; wait for its end, or give another --output_dir") from None
+    except OSError:  # a network drive without locks
+        pass
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the output folder, lock it, and move what an earlier training left there to a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
+    write_atomically(folder / ".probe", bytes(4096))  # a full disk shows before anything is moved
+    (folder / ".probe").unlink()
+    names = ["log.csv", "checkpoint.pt", "refinement.gif", "results.md", "comparison.png"]
+    names += [f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")]
+    earlier = [path for name in names for path in folder.glob(name)]
+    if earlier:
+        target = next(f for i in itertools.count(1) if not (f := folder / f"earlier-{i}").exists())
+        target.mkdir()
         for path in earlier:  # log.csv first, which may be open in a spreadsheet
-            path.rename(folder / path.name)
-        print(f"the results of an earlier run are now in {folder}")
+            path.rename(target / path.name)
+        print(f"the results of an earlier run are now in {target}")
+
+
+def load_log(path: Path, last_step: int) -> list[dict]:
+    """The rows of a log up to that step; none where there is no log. Raises InputError for another CSV."""
+    try:
+        return [row for row in csv.DictReader(path.read_text().splitlines()) if int(row["step"]) <= last_step]
+    except FileNotFoundError:
+        return []
+    except (KeyError, ValueError):
+        raise InputError(f"{path} is not this lesson's log; move it away") from None
 
 
 def save_log(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """Write the log as CSV: a header, then the rows; what a row lacks stays empty.
+    """Write the log as CSV; what a row lacks stays empty.
 
     One that can't be written, such as one that is open in a spreadsheet, is only warned of: the next row tries again.
     """
-    cells = [[row.get(name, "") for name in columns] for row in rows]
-    lines = [",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in line) for line in cells]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     try:
-        write_atomically(path, "\n".join([",".join(columns), *lines, ""]).encode())
+        write_atomically(path, buffer.getvalue().encode())
     except OSError as error:
         print(f"\n{path} can't be written: {error.strerror}; going on", file=sys.stderr)
 
 
-def picture_of(images: Tensor, columns: int, scale: int) -> Image.Image:
-    """[N, C, H, W] in [0, 1] as one picture with so many images in a row, each pixel a square of scale × scale."""
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write nested dictionaries of tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)  # straight to a full disk it would raise RuntimeError
+    write_atomically(path, buffer.getvalue())
+
+
+def picture_of(images: Tensor, columns: int, scale: int = 2, labels: list[str] | None = None) -> Image.Image:
+    """[N, C, H, W] in [0, 1] as one picture in so many columns, with their labels; a pixel is scale × scale."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
     picture = TF.to_pil_image((255 * grid).round().byte())  # rows · (H + 2) + 2 by columns · (W + 2) + 2 pixels
-    return picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
+    picture = picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
+    if labels:
+        cell, font = scale * (images.shape[-1] + 2), ImageFont.load_default(12)
+        picture = ImageOps.expand(picture, (0, 16 * max(label.count("\n") + 1 for label in labels), 0, 0), "white")
+        for i, label in enumerate(labels):
+            center = (cell * (i + 0.5) + scale, 2)
+            ImageDraw.Draw(picture).multiline_text(center, label, "black", font, anchor="ma", align="center")
+    return picture
 
 
-def save_grid(path: Path, images: Tensor, columns: int, description: str, scale: int = 1) -> None:
-    """Write [N, C, H, W] in [0, 1] as a PNG, laid out by `picture_of`; `description` goes into its EXIF data."""
-    picture, buffer = picture_of(images, columns, scale), io.BytesIO()
+def save_grid(path: Path, images: Tensor, columns: int, description: str, **options) -> None:
+    """Write `picture_of` images, with its options, as a PNG; `description` goes into its EXIF data."""
+    picture, buffer = picture_of(images, columns, **options), io.BytesIO()
     exif = picture.getexif()
     exif[0x010E] = description  # ImageDescription
     picture.save(buffer, format="png", exif=exif)
     write_atomically(path, buffer.getvalue())
 
 
-def save_animation(path: Path, frames: list[Tensor], columns: int) -> None:
-    """Write grids, each [N, C, H, W] in [0, 1], as a GIF of twice their size that loops and pauses at its end."""
-    mode = "L" if frames[0].shape[1] == 1 else "RGB"  # grey is exact in a GIF; colours become a palette
-    first, *others = [picture_of(frame, columns, scale=2).convert(mode) for frame in frames]
-    buffer, milliseconds = io.BytesIO(), [120] * len(others) + [3000]
-    first.save(buffer, format="gif", save_all=True, append_images=others, duration=milliseconds, loop=0)
+def save_animation(path: Path, frames: list[Image.Image]) -> None:
+    """Write a GIF that loops and pauses at its end."""
+    buffer, milliseconds = io.BytesIO(), [120] * (len(frames) - 1) + [3000]
+    frames[0].save(buffer, format="gif", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     write_atomically(path, buffer.getvalue())
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write nested dictionaries of tensors and plain values."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-WEIGHTS = {"config": dict, "step": int, "ema": dict}  # what drawing needs of a checkpoint
-TRAINING = WEIGHTS | {"log": list, "model": dict, "optimizer": dict, "scaler": dict}  # what resuming needs
-
-
-def load_checkpoint(path: str | Path, parts: dict[str, type] = WEIGHTS) -> dict:
-    """What `save_checkpoint` wrote, on the CPU. Raises InputError where it is something else, or a part is missing."""
-    try:
-        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-        for name, kind in parts.items():
-            if not isinstance(checkpoint[name], kind):
-                raise TypeError
-        return {name: checkpoint[name] for name in parts}
-    except Exception as error:  # what a damaged file raises depends on where the damage is
-        if isinstance(error, OSError) or out_of_memory(error):
-            raise
-        reason = f"it is something else, cut off, or lacks one of {', '.join(parts)} ({type(error).__name__})"
-        raise InputError(f"{path} is no checkpoint of this lesson: {reason}; give another") from None
