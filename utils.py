@@ -246,6 +246,22 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Re
     return model.eval().to(device)
 
 
+def super_resolve(model: SR3 | Regression, context: Tensor, steps: int, seed: int = 0) -> Tensor:
+    """Samples for x, [N, C, H, W] in [-1, 1], 64 at a time; in [0, 1], rounded to 8 bits as a picture file has them."""
+    device = context.device
+    generator, images = torch.Generator(device).manual_seed(seed), []
+    precision = choose_precision("auto", device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        for part in tqdm(context.split(64), desc="drawing", unit="batch", dynamic_ncols=True, leave=False):
+            images.append(model.sample(part, steps, generator))
+    return in_8_bits(to_unit(torch.cat(images)))
+
+
+def in_8_bits(images: Tensor) -> Tensor:
+    """Images in [0, 1], rounded to what a picture file can hold."""
+    return (255 * images).round() / 255
+
+
 def load_state(part: nn.Module | torch.optim.Optimizer, state: dict, path: str | Path) -> None:
     """`load_state_dict`, with an InputError where the state, which is from the checkpoint at `path`, doesn't fit."""
     try:
@@ -549,14 +565,23 @@ def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: 
 
 
 def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """From uint8 images in 0…255 the target y_0, the low-resolution image and the context x, all in [-1, 1].
+    """From uint8 images [B, C, H, W] in 0…255 the target y_0, the low-resolution image and the context x, in [-1, 1].
 
-    [B, C, H, W] -> [B, C, H, W], [B, C, low_res_size, low_res_size], [B, C, H, W]. Shrinking is antialiased, and is
-    clamped where it overshoots.
+    They are [B, C, H, W], [B, C, low_res_size, low_res_size] and [B, C, H, W].
     """
-    high_res = images.float() / 127.5 - 1
-    low_res = F.interpolate(high_res, (low_res_size, low_res_size), mode="bicubic", antialias=True).clamp(-1, 1)
+    high_res = to_float(images)
+    low_res = downsample(high_res, low_res_size)
     return high_res, low_res, upsample(low_res, images.shape[-1])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images in 0…255 as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def downsample(images: Tensor, size: int) -> Tensor:
+    """Shrink [B, C, H, W] in [-1, 1] to [B, C, size, size] bicubically, antialiased, clamped where it overshoots."""
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def upsample(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
