@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", default=HERE / "data", help="where data sets are; default: data")
     parser.add_argument("--output_dir", default=HERE / "output", help="where the table goes; default: output")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
-    flags = parser.parse_args(arguments)
+    flags = parser.parse_intermixed_args(arguments)
     if flags.num_images < 1:
         raise InputError(f"--num_images is {flags.num_images}: give 1 or more")
 
@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = {f"real {noun}": score(given.truth, given), "bicubic": score(in_8_bits(given.context), given)}
     for name, model in models.items():
         steps = model.config.sampling_steps
-        again = super_resolve(model, context, steps, seed=1) if isinstance(model, SR3) else None
-        rows[name] = score(super_resolve(model, context, steps), given, again)
+        first, second = (super_resolve(model, context, steps, seed) for seed in (0, 1))
+        rows[name] = score(first, given, again=second)
     rows["a perfect sampler"] = perfect_sampler(given, rows)
 
     trained = ", ".join(f"{name}: {model.step:,} training steps" for name, model in models.items())
@@ -91,7 +91,7 @@ def load_models(paths: list[str], device: torch.device, steps: int | None) -> di
         model = utils.load_model(path, device)
         name = "SR3" if isinstance(model, SR3) else "regression"
         name = f"{name} ({path})" if name in models else name
-        if name in models:
+        if paths.count(path) > 1:
             raise InputError(f"{path} is given twice; give each checkpoint once")
         models[name] = model
         model.config = utils.load_config(flags={"sampling_steps": steps}, base=vars(model.config))

@@ -78,8 +78,10 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
 
     |μ - ν|² + tr(A + B - 2 √(A B)) with the means μ, ν and covariances A, B. With the features of an Inception network
     this is FID; with those of a small digit classifier it compares with no published figure. It falls with N towards
-    its limit, so compare sets of one size.
+    its limit, so compare sets of one size. NaN for a set of one, which has no covariance.
     """
+    if min(len(features), len(others)) < 2:
+        return float("nan")
     (mu, a), (nu, b) = ((f.mean(0), f.T.cov()) for f in (features.double().cpu(), others.double().cpu()))
     values, vectors = torch.linalg.eigh(a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # √A; √A B √A has the eigenvalues of A B

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--invert", action="store_true", help="turn dark into light and light into dark")
     parser.add_argument("--output", default="samples.png", help="the picture to write; default: samples.png")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
-    flags = parser.parse_args(arguments)
+    flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
     if not 1 <= flags.num_samples <= 1000:
         raise InputError(f"--num_samples is {flags.num_samples}: give a number from 1 to 1,000")
     output = Path(flags.output)
@@ -79,8 +79,9 @@ def read_square(path: str, config: SimpleNamespace, invert: bool) -> Tensor:
     """The middle square of a picture file: uint8 [1, C, side, side]. Raises InputError where it can't be used."""
     try:
         picture = utils.read_picture(path, config.channels)
-    except OSError as error:
-        raise InputError(f"{path} can't be read as a picture ({error.strerror or error}); give another") from None
+    except Exception as error:  # a damaged picture can raise almost anything
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} can't be read as a picture ({reason}); give another") from None
     image = TF.pil_to_tensor(TF.center_crop(picture, min(picture.size)))[None]
     if image.shape[-1] < config.low_res_size:
         sizes = (

@@ -33,7 +33,7 @@ LOG_COLUMNS = ["dataset", "step", "loss", "learning_rate", "images_per_second", 
 FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]  # a resumed run keeps data, network and diffusion
 
 
-@utils.errors_in_one_line("give a smaller --batch_size")
+@utils.errors_in_one_line("give a smaller --batch_size or --image_size, or a smaller data set, which lies in memory")
 def main(arguments: list[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # 1. Settings: configs/mnist.toml, then the lines of --config_path, then the flags. A resumed run starts from those
@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint_path, log_path = output_dir / "checkpoint.pt", output_dir / "log.csv"
     checkpoint = None
     if flags.resume:
-        utils.lock_folder(output_dir)
+        if RANK == 0 and output_dir.is_dir():
+            utils.lock_folder(output_dir)
         checkpoint = utils.load_checkpoint(checkpoint_path, ("config", "step", "model", "ema", "optimizer"))
     config = utils.load_config(flags.config_path, vars(flags), checkpoint and vars(checkpoint["config"]))
     for name in FIXED if checkpoint else ():
@@ -92,6 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = utils.build_model(config).to(device)
     ema = deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    if flags.compile:
+        utils.compile_networks([model.unet, ema.unet], device)
     step, log = 0, []
     if checkpoint:
         for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
@@ -99,8 +102,6 @@ def main(arguments: list[str] | None = None) -> None:
         step, log = checkpoint["step"], utils.load_log(log_path, checkpoint["step"])
     elif RANK == 0:
         utils.prepare_output(output_dir)
-    if flags.compile:
-        utils.compile_networks([model.unet, ema.unet], device)
     parallel = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model  # averages the ranks' gradients
     if RANK == 0:
         sizes = f"{config.image_size}×{config.image_size} from {config.low_res_size}×{config.low_res_size}"
@@ -156,12 +157,11 @@ def main(arguments: list[str] | None = None) -> None:
                 bar.close()
                 kept = f"; {checkpoint_path} is as it was" if checkpoint_path.exists() else ""
                 fail(f"step {step}: loss {loss} or a weight is not finite; lower --learning_rate{kept}", status=1)
-            if RANK == 0:  # the state is saved first, since drawing takes long
+            if RANK == 0:
                 log.append(dict(zip(LOG_COLUMNS, (config.dataset, step, loss, learning_rate, speed))))
-                if stop or drawing:
-                    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-                    state = {"config": vars(config), "step": step}
-                    utils.save_checkpoint(checkpoint_path, state | {name: p.state_dict() for name, p in parts.items()})
+                if stop or drawing:  # the state is saved before anything is drawn, which takes long
+                    state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+                    utils.save_checkpoint(checkpoint_path, {"config": vars(config), "step": step, **state})
                 utils.save_log(log_path, LOG_COLUMNS, log)
                 if drawing:
                     log[-1] |= draw(ema, grid_images, config, autocast, output_dir, step, bar)
@@ -173,7 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(128 + stop_signals[0])
         if RANK == 0:  # also where a run that was cut off while it drew its last pictures is resumed
             results = draw(ema, grid_images, config, autocast, output_dir, step, bar, animation=config.method == "sr3")
-            log[-1:] = [row | results for row in log[-1:]]
+            if log:
+                log[-1] |= results
             utils.save_log(log_path, LOG_COLUMNS, log)
     if RANKS > 1:
         dist.destroy_process_group()
@@ -184,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
 def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm, animation: bool = False) -> dict:
     """Writes grids of what a model makes of the same images and the same noise every time; returns the mean metrics.
 
-    hr: the targets; lr: the inputs; sr: the results; refinement: ŷ_0 on its way, for the first eight images.
+    hr: the targets; lr: the inputs; sr: the results; refinement: ŷ_0 on its way, for the eight images whose first
+    estimate changes most.
     """
     bar.set_description_str(f"drawing {len(images)} images")
     high_res, low_res, context = make_pair(images, config.low_res_size)  # [64, C, H or h, W or w]
@@ -199,18 +201,21 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
             refinement = model.refine(context[start : start + size], steps, generator)
             for i, (y_t, y_0_hat) in enumerate(refinement, start=1):
                 if i in estimates:
-                    estimates[i].append(y_0_hat[: max(0, 8 - start)])
+                    estimates[i].append(y_0_hat)
                 if i in states:
                     states[i].append(y_t[: max(0, 20 - start)])
         finished.append(y_t)
     super_res = torch.cat(finished)  # [64, C, H, W]
 
     pixels = upsample(low_res, config.image_size, "nearest-exact")  # [64, C, H, W], still h × w squares
-    columns = {"input": pixels[:8]}
+    estimates = {i: torch.cat(parts) for i, parts in estimates.items()}
+    change = (estimates[1] - super_res).square().mean(dim=(1, 2, 3))
+    rows = change.argsort(descending=True, stable=True)[:8]
+    columns = {"input": pixels[rows]}
     if config.method == "sr3":  # a regression has no steps to show
         levels = model.levels(steps)
-        columns |= {f"gamma\n{levels[i - 1]:.2g}": torch.cat(estimates[i]) for i in estimates}
-    columns |= {"result": super_res[:8], "truth": high_res[:8]}
+        columns |= {f"gamma\n{levels[i - 1]:.2g}": estimate[rows] for i, estimate in estimates.items()}
+    columns |= {"result": super_res[rows], "truth": high_res[rows]}
     refinement = torch.stack(list(columns.values()), dim=1).flatten(0, 1)  # a row for each image
     grids = {"hr": (high_res, 8, None), "lr": (pixels, 8, None), "sr": (super_res, 8, None)}
     grids["refinement"] = (refinement, len(columns), list(columns))

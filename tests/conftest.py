@@ -1,10 +1,10 @@
 """What several test files share: no network, runs that take a second, and how to look at what they wrote."""
 
+import csv
 import functools
 import json
 import os
 import re
-import signal
 import struct
 import sys
 import urllib.error
@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks on shared CPUs: threads would wait for each other
+for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(variable, None)  # the tests are one rank, wherever they are started
 
 import numpy as np
 import torch
@@ -25,22 +27,22 @@ import train_mnist
 import utils
 
 TINY = {
-    "dataset": "digits", "image_size": 16, "low_res_size": 4,
-    "features": 8, "channel_multipliers": [1, 2], "attention_resolutions": [8], "attention_heads": 2, "dropout": 0.1,
-    "steps": 4, "num_training_steps": 20, "batch_size": 4, "sample_every": 20, "early_samples": [],
-    "precision": "float32",
+    "dataset": "digits", "image_size": 16, "features": 8, "channel_multipliers": [1, 2], "attention_heads": 2,
+    "dropout": 0.1, "sampling_steps": 4, "num_training_steps": 20, "batch_size": 4, "sample_every": 20,
+    "early_samples": [], "precision": "float32",
 }  # fmt: skip
 DRAW_DIGITS = utils.draw_digits
+
+
+def raising(error):
+    """A function that raises, whatever it is called with."""
+    return lambda *_, **__: (_ for _ in ()).throw(error)
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Downloads fail as without a network."""
-
-    def urlopen(*_, **__):
-        raise urllib.error.URLError("no network in tests")
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(urllib.request, "urlopen", raising(urllib.error.URLError("no network in tests")))
 
 
 @pytest.fixture
@@ -65,12 +67,8 @@ def few_digits():
 
 
 def write_tiny_config(path, **changes):
-    """configs/mnist.toml with the values of TINY and `changes`, which may be any JSON value; returns the path."""
-    text = (ROOT / "configs/mnist.toml").read_text(encoding="utf-8")
-    for key, value in {**TINY, **changes}.items():
-        text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {json.dumps(value)}", text)
-        assert count == 1, key
-    path.write_text(text, encoding="utf-8")
+    """A config of a run that takes a second, TINY with `changes`, which may be any JSON value; returns the path."""
+    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in {**TINY, **changes}.items()))
     return path
 
 
@@ -80,7 +78,7 @@ def tiny_config(tmp_path):
     return lambda **changes: write_tiny_config(tmp_path / "tiny.toml", **changes)
 
 
-def write_mnist_files(data_dir, train, test, name="MNIST"):
+def write_mnist(data_dir, train, test, name="MNIST"):
     """Writes uint8 images [N, 28, 28] as MNIST's files; image i has the label i modulo 10."""
     raw = data_dir / name / "raw"
     raw.mkdir(parents=True)
@@ -92,38 +90,33 @@ def write_mnist_files(data_dir, train, test, name="MNIST"):
     return data_dir
 
 
-@pytest.fixture
-def write_mnist(tmp_path):
-    """Called with training and test images, writes them below a new --data_dir as MNIST's files."""
-    return functools.partial(write_mnist_files, tmp_path / "data")
-
-
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory):
     """A --data_dir with 100 drawn digits for training and 70 for testing as MNIST's files: new processes start fast."""
     train, test = (DRAW_DIGITS(number, 28, 1, seed)[0][:, 0] for number, seed in ((100, 0), (70, 1)))
-    return write_mnist_files(tmp_path_factory.mktemp("data"), train, test)
+    return write_mnist(tmp_path_factory.mktemp("data"), train, test)
 
 
 def flags_of(config, output, *flags):
-    return [*map(str, ["--config_path", config, "--output_dir", output, "--device", "cpu", *flags])]
+    """The command line of a run on the CPU; the config may be None."""
+    config = ["--config_path", config] if config else []
+    return [*map(str, [*config, "--output_dir", output, "--device", "cpu", *flags])]
 
 
 def run(config, output, *flags):
-    """train_mnist.py in this process, whose signal handlers stay as they were; returns the output folder."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    """train_mnist.py in this process; returns the output folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_mnist.py"])
-        try:
-            train_mnist.main(flags_of(config, output, *flags))
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
+        train_mnist.main(flags_of(config, output, *flags))
     return output
 
 
 def checkpoint_of(output):
     return torch.load(output / "checkpoint.pt", weights_only=True)
+
+
+def log_of(output):
+    return list(csv.DictReader((output / "log.csv").read_text().splitlines()))
 
 
 def lines_of(script, error):
@@ -132,10 +125,11 @@ def lines_of(script, error):
     return [line for line in re.split(r"[\r\n]+", error) if line.startswith(script)]
 
 
-def cells(picture, columns, size=16, scale=1):
-    """The images of a grid, uint8 [N, size, size, 3], row by row; there are two grey pixels between them."""
+def cells(picture, columns, size=16, scale=2):
+    """The images of a grid, uint8 [N, size, size, 3], row by row, without labels and the two grey pixels in between."""
     picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
     pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    pixels = pixels[(len(pixels) - 2 * scale) % (scale * (size + 2)) :]  # labels are above the grid
     small = pixels[::scale, ::scale]  # each pixel is a square
     assert torch.equal(small.repeat_interleave(scale, 0).repeat_interleave(scale, 1), pixels)
     height, width, _ = small.shape

@@ -1,6 +1,7 @@
-"""Several ranks: runs of two on gloo, and what is chosen and refused on GPUs."""
+"""Several ranks: runs of two on gloo."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,10 +10,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, checkpoint_of, flags_of, lines_of, run
+from conftest import ROOT, checkpoint_of, flags_of, lines_of, log_of, run
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_mnist
 import utils
+from sr3 import SR3
 
 SCRIPT, TORCHRUN = ROOT / "train_mnist.py", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -27,29 +30,30 @@ def test_two_ranks_go_on_with_the_mean_of_their_gradients_and_write_one_set_of_f
     tiny_config, small_mnist, tmp_path, monkeypatch
 ):
     """Adam's first moment is linear in the gradients: the mean of those that each rank's half of the batch gives."""
-    config, output, losses, moments = tiny_config(dataset="mnist", max_grad_norm=1e6), tmp_path / "output", [], []
-    data = ["--data_dir", small_mnist]
-    run(config, output, *data)
+    config, output, forward = tiny_config(dataset="mnist", max_grad_norm=1e6), tmp_path / "output", SR3.forward
+    flags, losses, moments = ["--data_dir", small_mnist, "--num_training_steps", 21, "--resume"], [], []
+    run(config, output, *flags[:2])
+    monkeypatch.setattr(SR3, "forward", lambda *batch: losses.append(forward(*batch)) or losses[-1])
 
-    def train(run):  # one step
-        losses.append(train_mnist.training_step(run).item())
-        moments.append(torch.cat([run.optimizer.state[w]["exp_avg"].flatten() for w in run.model.parameters()]))
+    def remember(optimizer, *_):
+        moments.append(torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()]))
 
-    monkeypatch.setattr(train_mnist, "train", train)
-    for rank in range(2):
+    hook = register_optimizer_step_post_hook(remember)
+    for rank in range(2):  # alone, with half a batch
         monkeypatch.setattr(train_mnist, "RANK", rank)
-        run(config, output, *data, "--batch_size", 2, "--resume")
-    flags = flags_of(config, output, *data, "--num_training_steps", 21, "--resume")
-    process = start(*TORCHRUN, SCRIPT, *flags)
+        run(config, shutil.copytree(output, tmp_path / f"rank {rank}"), *flags, "--batch_size", 2)
+    hook.remove()
+    process = start(*TORCHRUN, SCRIPT, *flags_of(config, output, *flags))
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0 and "deprecat" not in error, error
     assert out.count("2 × cpu") == out.count("steps are done") == 1
 
     grids = [f"{name}-{step:06d}.png" for name in ("hr", "lr", "refinement", "sr") for step in (20, 21)]
-    assert sorted(p.name for p in output.iterdir()) == sorted([*grids, "checkpoint.pt", "log.csv", "refinement.gif"])
-    log = [line.split(",") for line in (output / "log.csv").read_text().splitlines()]
-    assert [row[1] for row in log] == ["step", "20", "21"]
-    assert losses[0] != losses[1] and float(log[2][2]) == pytest.approx(sum(losses) / 2, rel=1e-4)
+    files = sorted(path.name for path in output.iterdir())
+    assert files == sorted([*grids, ".lock", "checkpoint.pt", "log.csv", "refinement.gif"])
+    assert [row["step"] for row in log_of(output)] == ["20", "21"]
+    first, second = (loss.item() for loss in losses)
+    assert first != second and float(log_of(output)[-1]["loss"]) == pytest.approx((first + second) / 2, rel=1e-4)
     state = checkpoint_of(output)["optimizer"]["state"]
     found = torch.cat([state[i]["exp_avg"].flatten() for i in range(len(state))])
     torch.testing.assert_close(found, (moments[0] + moments[1]) / 2, atol=1e-7, rtol=1e-4)
@@ -70,44 +74,42 @@ def test_ctrl_c_ends_all_ranks_at_once_and_leaves_the_last_checkpoint_whole(tiny
 
 def test_what_only_the_first_rank_finds_ends_both_with_a_line_in_their_names(tiny_config, tmp_path):
     """Without torchrun, which may end the second one before it has said its line."""
-    flags = flags_of(tiny_config(dataset="folder"), tmp_path / "output", "--data_dir", tmp_path)
+    flags = flags_of(tiny_config(dataset="folder"), tmp_path / "output", "--data_dir", tmp_path / "none")
     with socket.create_server(("127.0.0.1", 0)) as server:
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-    ranks = [start(SCRIPT, *flags, **group, RANK=str(rank)) for rank in range(2)]
-    ends = [("train_mnist.py: ", "no readable image"), ("train_mnist.py (rank 1): ", "another rank has failed")]
+    ranks = [start(SCRIPT, *flags, **group, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    ends = [("train_mnist.py: ", "no readable picture"), ("train_mnist.py (rank 1): ", "another rank has failed")]
     for process, (opening, words) in zip(ranks, ends):
-        (line,) = lines_of(opening, process.communicate(timeout=120)[1])
-        assert process.returncode == 2 and words in line
+        error = process.communicate(timeout=120)[1]
+        (line,) = lines_of(opening, error)
+        assert process.returncode == 2 and words in line, error
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize("rank, opening", [(0, "train_mnist.py: "), (1, "train_mnist.py (rank 1): ")])
-def test_a_batch_that_ranks_do_not_divide_is_refused_by_each_in_its_name(
-    monkeypatch, tiny_config, tmp_path, capsys, rank, opening
+def test_ranks_are_read_from_a_complete_environment_only(monkeypatch):
+    complete = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+    single = {name: "" for name in complete}
+    expected = [(complete, (3, 1, 4)), (single, (0, 0, 1)), (complete | {"WORLD_SIZE": "1", "RANK": "0"}, (0, 0, 1))]
+    expected += [(complete | {name: ""}, None) for name in complete]  # srun, for one, gives no LOCAL_RANK
+    expected += [(complete | change, None) for change in ({"RANK": "4"}, {"WORLD_SIZE": "four"}, {"LOCAL_RANK": "-1"})]
+    for environment, ranks in expected:
+        monkeypatch.setattr(os, "environ", environment)
+        try:
+            assert utils.read_ranks() == ranks
+        except utils.InputError as error:
+            assert ranks is None and f"WORLD_SIZE={environment['WORLD_SIZE']!r}" in str(error)
+
+
+def test_ranks_without_a_gpu_or_a_share_of_the_batch_of_their_own_are_refused(
+    monkeypatch, tiny_config, tmp_path, capsys
 ):
-    monkeypatch.setattr(utils, "RANK", rank)
-    monkeypatch.setattr(train_mnist, "RANKS", 2)
-    with pytest.raises(SystemExit) as exit:
-        run(tiny_config(), tmp_path / "output", "--batch_size", 3)
-    (line,) = lines_of(opening, capsys.readouterr().err)
-    assert exit.value.code == 2 and "batch_size is 3: 2 ranks don't divide it" in line
-
-
-def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(utils, "RANKS", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(utils.InputError, match="more ranks than GPUs, 1"):
-        utils.choose_device("cuda:0")
-
-
-def test_torchrun_on_the_one_apple_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(utils, "RANKS", 2)
-    with pytest.raises(utils.InputError, match=r"device mps with 2 ranks is not one of cuda, cpu"):
-        utils.choose_device("mps")
-
-
-@pytest.mark.parametrize("capability, precision", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
-def test_a_t4_gets_float16_and_an_a100_bfloat16(monkeypatch, capability, precision):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert utils.choose_precision("auto", torch.device("cuda")) == precision
+    for name, value in (("RANKS", 2), ("LOCAL_RANK", 1)):
+        monkeypatch.setattr(utils, name, value)
+    for device, words in (("cuda:0", "more ranks than GPUs, 1"), ("mps", "device mps with 2 ranks is none of cuda")):
+        with pytest.raises(utils.InputError, match=words):
+            utils.choose_device(device)
+    monkeypatch.setattr(train_mnist, "RANKS", 2)
+    with pytest.raises(SystemExit, match="2"):
+        run(tiny_config(), tmp_path / "output", "--batch_size", 3)
+    assert "batch_size is 3: 2 ranks don't divide it" in capsys.readouterr().err

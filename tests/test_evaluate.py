@@ -1,145 +1,165 @@
-"""evaluate.py: the table against independent arithmetic, its pictures, and what it takes and refuses."""
+"""evaluate.py: its table against independent arithmetic, its picture, and what it takes and refuses."""
 
 import io
-import json
-import math
+import re
 import runpy
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cells, checkpoint_of, draw_few_digits, lines_of, run, write_tiny_config
+from conftest import ROOT, cells, draw_few_digits, lines_of, raising, run, write_tiny_config
 from PIL import Image
 
 import evaluate
-import sr3
-import utils
+import metrics
+from utils import downsample, load_model, super_resolve, to_float, to_unit, upsample
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def judge(output, *arguments):
-    """evaluate.py in this process, in float32; returns its table, its results and what it printed, in ASCII."""
+    """evaluate.py in this process; returns results.md, the numbers in each of its rows' cells, and its stdout."""
     console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["evaluate.py"])
         patch.setattr(sys, "stdout", console)
-        patch.setattr(utils, "choose_precision", lambda *_: torch.float32)
         evaluate.main([*map(str, arguments), "--output_dir", str(output), "--device", "cpu"])
-    results = json.loads((output / "results.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
-    return (output / "results.md").read_text(encoding="utf-8"), results, console.buffer.getvalue()
+    table = (output / "results.md").read_text(encoding="utf-8")
+    assert "nan" not in table and "inf" not in table
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    scores = {name: [[float(number) for number in re.findall(r"[\d.]+", cell)] for cell in row] for name, *row in rows}
+    return table, scores, console.buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
-def trained(few_digits, tmp_path_factory):
-    """An SR3 and a regression, 20 steps on drawn digits in colour; of the SR3 only the averaged weights in float16."""
-    folder, outputs = tmp_path_factory.mktemp("trained"), []
+def judged(few_digits, tmp_path_factory):
+    """The exported weights of an SR3 and a regression, of coloured digits, judged on 70 images with six digits after
+    the points. With the images, and what a network says of them that sees x alone."""
+    it = SimpleNamespace(folder=tmp_path_factory.mktemp("judged"))
     for method in ("sr3", "regression"):
-        config = write_tiny_config(folder / f"{method}.toml", method=method, channels=3)
-        outputs.append(run(config, folder / method))
-    weights = {key: checkpoint_of(outputs[0])[key] for key in utils.WEIGHTS}
-    weights["ema"] = {name: weight.half() for name, weight in weights["ema"].items()}
-    torch.save(weights, outputs[0] / "weights.pt")
-    return outputs[0] / "weights.pt", outputs[1] / "checkpoint.pt"
-
-
-@pytest.fixture(scope="module")
-def judged(trained, tmp_path_factory):
-    """The output folder, the table, the results and the printed table of both on 70 images."""
-    output = tmp_path_factory.mktemp("judged")
-    return output, *judge(output, *trained, "--num_images", 70)
-
-
-def in_8_bits(images):
-    return ((images.clamp(-1, 1).double() + 1) * 127.5).round() / 255
-
-
-def draw(path, context, seed=0):
-    """In batches of 64, the noise of all of them from one generator."""
-    generator, model = torch.Generator().manual_seed(seed), sr3.load_model(path)
-    return in_8_bits(torch.cat([model.sample(part, 4, generator=generator) for part in context.split(64)]))
-
-
-def error_of(images, others):
-    return (images - others).square().mean((1, 2, 3))
-
-
-def test_the_table_has_a_row_for_each_method_in_order(judged, trained):
-    _, table, results, printed = judged
-    names, rows = ["reference", "bicubic", "regression", "SR3", "SR3, mean of 2 samples"], results["methods"]
-    assert list(rows) == names and results["dataset"] == "digits" and results["num_images"] == 70
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[:7]]
-    headings = ["PSNR ↑", "SSIM ↑", "consistency ↓", "accuracy ↑", "fool rate → 50 %", "spread / error → 1"]
-    assert lines[0] == ["method", "steps", *headings] and [line[0] for line in lines[2:]] == names
-    assert [line[1] for line in lines[2:]] == ["–", "–", "20", "20", "20"] and lines[2][2] == "–"
-    for column, key in ((2, "psnr"), (7, "spread_over_error")):
-        assert lines[5][column] == "{mean:.2f} ± {standard_error:.2f}".format_map(rows["SR3"][key])
-    assert lines[2][7] == lines[6][7] == "–"
-    assert "70 test images of digits, 4×4 -> 16×16" in table
-    assert printed.splitlines() == table.encode("ascii", "replace").splitlines()  # the console lacks its letters
-    for paths in (trained, trained[::-1]):  # their order does not matter
-        assert list(evaluate.load_models(paths, torch.device("cpu"))) == ["regression", "SR3"]
-
-
-def test_psnr_and_spread_over_error_agree_with_independent_arithmetic(judged, trained):
-    rows = judged[2]["methods"]
+        run(write_tiny_config(it.folder / "tiny.toml", method=method, channels=3), it.folder / method)
+    it.paths = it.folder / "sr3/weights.pt", it.folder / "regression/checkpoint.pt"
+    columns = {key: (heading, factor, 6, unit) for key, (heading, factor, _, unit) in evaluate.COLUMNS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export_weights.py", str(it.folder / "sr3/checkpoint.pt"), str(it.paths[0])])
+        runpy.run_path(str(ROOT / "tools/export_weights.py"), run_name="__main__")
+        patch.setattr(evaluate, "COLUMNS", columns)
+        it.table, it.scores, it.stdout = judge(it.folder, *it.paths, "--num_images", 70)
+    it.sr3, it.regression = map(load_model, it.paths)
+    (images, labels), (tests, test_labels) = (draw_few_digits(n, 16, 3, i) for i, n in enumerate((60_000, 10_000)))
     chosen = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:70]
-    images = draw_few_digits(10_000, 16, 3, seed=1)[0][chosen]
-    context, images = utils.upsample(utils.downsample(images / 127.5 - 1, 4), 16), images.double() / 255
-    first, second = (draw(trained[0], context, seed) for seed in (0, 1))
-    outputs = {"bicubic": in_8_bits(context), "regression": draw(trained[1], context), "SR3": first}
-    for name, output in (outputs | {"SR3, mean of 2 samples": (first + second) / 2}).items():
-        error = error_of(output, images)
-        assert rows[name]["psnr"]["mean"] == pytest.approx(-10 * math.log10(error.mean()), abs=2e-3)
-        relative = error.std().item() / 70**0.5 / error.mean().item()
-        assert rows[name]["psnr"]["standard_error"] == pytest.approx(10 / math.log(10) * relative, rel=0.01)
-
-    found, spread, error = rows["SR3"]["spread_over_error"], error_of(first, second), error_of(first, images)
-    assert found["mean"] == pytest.approx((spread.mean() / error.mean()).item(), rel=2e-3)
-    without_one = (spread.sum() - spread) / (error.sum() - error)
-    assert found["standard_error"] == pytest.approx(69 / 70**0.5 * without_one.std().item(), rel=0.1)  # the jackknife's
-    assert rows["regression"]["spread_over_error"] == {"mean": 0, "standard_error": 0}
-    assert rows["reference"]["psnr"] is None and rows["reference"]["ssim"]["mean"] == pytest.approx(1)
-    fooled = rows["reference"]["fool_rate"]
-    assert fooled["low"] < 0.5 < fooled["high"] and rows["bicubic"]["fool_rate"]["mean"] < 0.3
+    it.truth, it.labels = tests[chosen] / 255, test_labels[chosen]
+    low_res = downsample(2 * it.truth - 1, 4)
+    it.low_res, it.context = to_unit(low_res), upsample(low_res, 16)  # the latter in [-1, 1]
+    guesser = metrics.train_guesser(to_unit(downsample(to_float(images), 4)), labels)
+    it.guess = guesser(it.low_res).softmax(dim=1).detach().double()
+    return it
 
 
-def test_the_pictures_show_x_samples_their_mean_the_regression_and_the_reference(judged, trained):
-    """diversity.png has eight samples and their mean, comparison.png the first four after the regression."""
-    rows = cells(judged[0] / "diversity.png", 12, scale=2).view(8, 12, 16, 16, 3).int()
-    low_res, samples, mean, regression, high_res = rows.split([1, 8, 1, 1, 1], dim=1)
-    for found, name in ((low_res, "lr"), (high_res, "hr"), (regression, "sr")):
-        grid = cells(trained[1].parent / f"{name}-000020.png", 8)
-        assert (found[:, 0] - grid[:8]).abs().max() <= (name == "sr")
-    assert (mean[:, 0] - samples.double().mean(1)).abs().max() < 0.51
+def mean_of(values):
+    return pytest.approx([values.mean().item(), values.std().item() / len(values) ** 0.5], rel=1e-4, abs=1e-5)
+
+
+def test_the_table_has_a_row_for_each_method_in_order_and_is_printed_without_errors(judged):
+    assert list(judged.scores) == ["real digits", "bicubic", "regression", "SR3", "a perfect sampler"]
+    headings = "PSNR ↑ | SSIM ↑ | consistency ↓ | colour shift ↓ | accuracy | Fréchet distance ↓"
+    assert judged.table.startswith(f"|  | {headings} | fool rate → 50% | spread / error → 1 |\n")
+    steps = "regression: 20 training steps, SR3: 20 training steps"
+    assert judged.table.endswith(f"\n\n70 test images of digits, 4×4 → 16×16. {steps}.\n")
+    plain = re.sub(r" ± [\d.]+", "", judged.table).encode("ascii", "replace")  # the console lacks its letters
+    assert judged.stdout.splitlines() == plain.splitlines()
+    for paths in (judged.paths, judged.paths[::-1]):  # their order does not matter
+        assert list(evaluate.load_models(paths, torch.device("cpu"), None)) == ["regression", "SR3"]
+
+
+def test_means_and_standard_errors_agree_with_independent_arithmetic(judged):
+    truth, scores = judged.truth, judged.scores
+    first, second = (super_resolve(judged.sr3, judged.context, 4, seed) for seed in (0, 1))
+    outputs = {"SR3": first, "regression": super_resolve(judged.regression, judged.context, 1)}
+    outputs["bicubic"] = ((judged.context.clamp(-1, 1) + 1) * 127.5).round() / 255
+    for name, images in outputs.items():
+        decibels = -10 * (images - truth).double().square().flatten(1).mean(1).log10()
+        values = decibels, metrics.ssim(images, truth), metrics.consistency(images, judged.low_res)
+        assert scores[name][:3] == [mean_of(value) for value in values], name
+    *exact, (accuracy, _), (frechet, _), (fooled, _), spread = scores["real digits"]
+    assert exact == [[], [1, 0], [0, 0], [0, 0]] and accuracy > 90 and frechet < scores["bicubic"][5][0]
+    assert abs(fooled - 50) < 4 * 50 / 35**0.5 and scores["bicubic"][6][0] < 30  # half of the 70 are asked about
+
+    spread, error = ((first - others).square().mean((1, 2, 3)).numpy() for others in (second, truth))
+    ratio = spread.mean() / error.mean()
+    left_out = [np.delete(spread, np.s_[i::20]).sum() / np.delete(error, np.s_[i::20]).sum() for i in range(20)]
+    jackknife = 19**0.5 * np.std(left_out)
+    linear = (spread - ratio * error).std(ddof=1) / 70**0.5 / error.mean()  # by the delta method
+    assert scores["SR3"][7] == pytest.approx([ratio, jackknife], rel=2e-3) and jackknife == pytest.approx(
+        linear, rel=0.5
+    )
+    assert scores["regression"][7] == [0, 0]
+
+
+def test_the_perfect_sampler_has_twice_the_error_of_the_regression_and_what_else_theory_says(judged):
+    decibels, error = judged.scores["regression"][0]
+    psnr, *cells, accuracy, frechet, fooled, spread = judged.scores["a perfect sampler"]
+    assert psnr == pytest.approx([decibels - 3.0103, error], abs=1e-4) and cells == [[], [0, 0], []]
+    right = judged.guess[torch.arange(70), judged.labels]  # how often it draws the right digit
+    assert accuracy == mean_of(100 * right) and frechet == judged.scores["real digits"][5]
+    assert fooled == [50, 0] and spread == [1, 0]
+
+
+def test_the_picture_has_labelled_columns_and_eight_images_from_ambiguous_to_clear(judged):
+    picture = Image.open(judged.folder / "comparison.png")
+    assert picture.height == 16 + 3 * (8 * 18 + 2)  # labels on white, and pixels of 3 × 3
+    letters = np.array(picture)[:16, 3:-3].reshape(16, 8, 54, 3)
+    assert (letters[0] == 255).all() and (letters.min((0, 2, 3)) < 100).all()
+
+    grid = cells(picture, 8, scale=3).view(8, 8, 16, 16, 3).permute(0, 1, 4, 2, 3) / 255
+    chosen = [(judged.truth - truth).abs().flatten(1).amax(1).argmin().item() for truth in grid[:, 7]]
+    entropy = -(judged.guess * judged.guess.log()).sum(1)  # of a guess at the digit from x alone
+    ranks = [(entropy > entropy[i]).sum().item() for i in chosen]
+    assert ranks[0] == 0 and ranks[-1] == 69 and set(np.diff(ranks)) <= {9, 10}
+
+    context = judged.context[chosen]
+    samples = super_resolve(judged.sr3, context.repeat_interleave(8, dim=0), 4).view(8, 8, 3, 16, 16)
     assert (samples[:, 1:] != samples[:, :1]).flatten(2).any(2).all()  # no two alike
-    few = cells(judged[0] / "comparison.png", 7, scale=3).view(8, 7, 16, 16, 3)
-    assert torch.equal(few.int(), torch.cat([low_res, regression, samples[:, :4], high_res], dim=1))
+    squares = judged.low_res[chosen].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    columns = [squares, super_resolve(judged.regression, context, 1), samples.mean(1), *samples[:, :4].unbind(1)]
+    assert (grid - torch.stack([*columns, judged.truth[chosen]], dim=1)).abs().max() < 1.01 / 255
 
 
-def test_a_single_image_without_a_label_has_neither_judges_nor_nan(tiny_config, tmp_path):
+def test_pictures_without_labels_have_no_classes_to_judge_and_two_are_enough(tiny_config, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
-    for i in range(10):  # one of them for testing
-        Image.new("RGB", (20, 18), (10 * i, 100, 200)).save(tmp_path / f"pictures/{i}.png")
+    for i in range(20):  # two of them for testing
+        Image.linear_gradient("L").rotate(18 * i).save(tmp_path / f"pictures/{i}.png")
     flags = ["--data_dir", tmp_path / "pictures"]
-    output = run(tiny_config(dataset="folder", channels=3, num_training_steps=1), tmp_path / "output", *flags)
-    table, results, _ = judge(output, output / "checkpoint.pt", *flags)
-    assert results["num_images"] == 1 and list(results["methods"])[2:] == ["SR3", "SR3, mean of 2 samples"]
-    assert all(row["accuracy"] is row["fool_rate"] is None for row in results["methods"].values())
-    assert "nan" not in table and (output / "diversity.png").exists() and (output / "checkpoint.pt").exists()
+    output = run(tiny_config(dataset="folder", num_training_steps=1), tmp_path / "output", *flags)
+    monkeypatch.setattr(metrics, "train_network", raising(AssertionError("a network was trained")))
+    table, scores, _ = judge(output, "--sampling_steps", 2, output / "checkpoint.pt", *flags)
+    assert (
+        list(scores) == ["real images", "bicubic", "SR3", "a perfect sampler"] and (output / "checkpoint.pt").exists()
+    )
+    assert all(row[3:5] == [[], []] for row in scores.values()) and "colour" not in table  # no accuracy, no distance
+    assert re.search(r"\| bicubic \| \d+\.\d ± \d+\.\d \|", table) and "\n2 test images of folder" in table
+    assert len(cells(output / "comparison.png", 7, scale=3)) == 2 * 7  # without a regression
 
 
-def test_checkpoints_of_other_data_and_bad_flags_are_refused_in_one_line(trained, tmp_path, capsys):
-    path, weights = trained[0], torch.load(trained[0])
+def test_a_single_image_is_judged_without_what_takes_several(judged, tmp_path):
+    _, scores, _ = judge(tmp_path, *judged.paths, "--num_images", 1)
+    assert len(scores["SR3"][0]) == 1 and scores["real digits"][5] == []
+
+
+def test_checkpoints_of_other_data_and_bad_flags_are_refused_in_one_line(judged, tmp_path, capsys):
+    path, weights = judged.paths[0], torch.load(judged.paths[0])
     for setting, value in (("low_res_size", 8), ("dataset", "mnist")):
-        weights["config"]["data"][setting] = value
-        torch.save(weights, tmp_path / f"{value}.pt")
-    for words, arguments in (
-        ("dataset='mnist'", [path, tmp_path / "mnist.pt"]),
-        ("of the same data", [path, tmp_path / "8.pt"]),
-        ("none.pt", [path, tmp_path / "none.pt"]),
-        ("--num_images is 0", [path, "--num_images", 0]),
-        ("CHECKPOINT", []),
+        torch.save(weights | {"config": weights["config"] | {setting: value}}, tmp_path / f"{value}.pt")
+    for words, *arguments in (
+        ("dataset is mnist", path, tmp_path / "mnist.pt"),
+        ("low_res_size is 8", path, tmp_path / "8.pt"),
+        ("given twice", path, judged.paths[1], path),
+        ("none.pt", path, tmp_path / "none.pt"),
+        ("--num_images is 0", path, "--num_images", 0),
+        ("sampling_steps is 2001: it must be at most num_timesteps, 2000", path, "--sampling_steps", 2001),
+        ("CHECKPOINT",),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
@@ -149,12 +169,11 @@ def test_checkpoints_of_other_data_and_bad_flags_are_refused_in_one_line(trained
         assert error.count("\n") == len(lines_of("evaluate.py: ", error)) == 1 and words in error
 
 
-@pytest.mark.parametrize("script", ["train_mnist.py", "evaluate.py"])
-def test_help_is_printed_on_a_console_that_lacks_its_letters(monkeypatch, script):
-    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
-    monkeypatch.setattr(sys, "stdout", console)
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    console.flush()
-    assert exit.value.code == 0 and b"--data_dir" in console.buffer.getvalue()
+def test_help_is_printed_on_a_console_that_lacks_its_letters_and_in_a_notebook(monkeypatch):
+    for script in ("train_mnist.py", "evaluate.py", "sample.py"):
+        for console in (io.TextIOWrapper(io.BytesIO(), encoding="ascii"), io.StringIO()):
+            monkeypatch.setattr(sys, "argv", [script, "--help"])
+            monkeypatch.setattr(sys, "stdout", console)
+            with pytest.raises(SystemExit) as exit:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            assert exit.value.code == 0 and console.seek(0) == 0 and "--device" in console.read()

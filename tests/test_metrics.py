@@ -1,63 +1,70 @@
-"""metrics.py against closed forms, and against the definition of SSIM written out window by window in float64."""
+"""metrics.py against closed forms and definitions in float64; the networks that judge, where the verdict is known."""
 
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
 import metrics
 import utils
-from metrics import consistency, fool_rate, psnr, ssim
+from metrics import color_shift, consistency, fool_rate, frechet_distance, psnr, ssim
 
 
-def test_psnr_of_an_offset_of_noise_and_of_equal_images():
+def test_psnr_consistency_and_colour_shift_of_offsets_of_noise_and_of_equal_images():
     torch.manual_seed(0)
-    reference = 0.4 * torch.rand(2, 3, 128, 128)
-    images = reference + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    reference = 0.3 + 0.4 * torch.rand(2, 3, 128, 128)
+    low_res = utils.to_unit(utils.downsample(2 * reference - 1, 8))
+    images = reference + torch.tensor([[0.1, -0.1, 0.1], [0.01, 0.01, -0.01]]).view(2, 3, 1, 1)
     torch.testing.assert_close(psnr(images, reference), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(consistency(images, low_res), torch.tensor([25.5, 2.55]) ** 2, atol=0.01, rtol=0)
+    torch.testing.assert_close(color_shift(images, reference), torch.tensor([25.5, 2.55]), atol=1e-3, rtol=0)
     noisy = reference + 0.05 * torch.randn_like(reference)
     torch.testing.assert_close(psnr(noisy, reference), torch.full((2,), -20 * math.log10(0.05)), atol=0.1, rtol=0)
-    assert psnr(reference, reference).isinf().all()
+    assert psnr(reference, reference).isinf().all() and consistency(reference, low_res).max() < 1e-6
+    assert color_shift(reference.flip(3), reference).max() < 1e-3  # other pixels, but the same means
 
 
-def ssim_by_definition(x, y):
-    """One image [H, W] in float64: every 11×11 window on its own, Gaussian weights with σ = 1.5."""
-    g = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
-    w = torch.tensor([[a * b for b in g] for a in g], dtype=torch.float64)
-    w /= w.sum()
-    values = []
-    for i in range(x.shape[0] - 10):
-        for j in range(x.shape[1] - 10):
-            a, b = x[i : i + 11, j : j + 11].double(), y[i : i + 11, j : j + 11].double()
-            ma, mb = (w * a).sum(), (w * b).sum()
-            va, vb, vab = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
-            values.append((2 * ma * mb + 1e-4) * (2 * vab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
-    return torch.stack(values).mean()
-
-
-def test_ssim_agrees_with_its_definition_and_is_1_for_equal_images():
+def test_ssim_agrees_with_its_definition_window_by_window_and_is_1_for_equal_images():
     torch.manual_seed(0)
     reference = torch.rand(2, 3, 17, 14)
     images = (reference + 0.2 * torch.randn_like(reference)).clamp(0, 1)
     images[1, 1], reference[1, 1] = 0.75, 0.25  # flat, without variance
-    expected = [sum(ssim_by_definition(*pair) for pair in zip(a, b)) / 3 for a, b in zip(images, reference)]
-    torch.testing.assert_close(ssim(images, reference).double(), torch.stack(expected), atol=1e-5, rtol=0)
+    g = torch.tensor([math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)], dtype=torch.float64)
+    w = g.outer(g) / g.sum() ** 2
+    a, b = (v.double().unfold(2, 11, 1).unfold(3, 11, 1) for v in (images, reference))  # [B, C, H - 10, W - 10, 11, 11]
+    ma, mb = ((w * v).sum((4, 5), keepdim=True) for v in (a, b))
+    va, vb, vab = ((w * v).sum((4, 5), keepdim=True) for v in ((a - ma) ** 2, (b - mb) ** 2, (a - ma) * (b - mb)))
+    similarity = (2 * ma * mb + 1e-4) * (2 * vab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    expected = similarity.flatten(1).mean(1)
+    torch.testing.assert_close(ssim(images, reference).double(), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(ssim(reference, reference), torch.ones(2))
     with pytest.raises(ValueError, match="10"):
         ssim(torch.zeros(1, 1, 10, 16), torch.zeros(1, 1, 10, 16))
 
 
-def test_consistency_is_zero_for_the_source_and_squared_levels_for_an_offset():
-    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    low_res = utils.to_unit(utils.downsample(2 * images - 1, 8))
-    assert consistency(images, low_res).max() < 1e-6
-    offset = consistency(torch.full((2, 3, 32, 32), 0.5 + 10 / 255), torch.full((2, 3, 8, 8), 0.5))
-    torch.testing.assert_close(offset, torch.full((2,), 100.0), atol=0.01, rtol=0)
+def gaussian(number, root, mean):
+    """Features [number, 3] in float64 whose covariance is exactly root.T @ root, with that mean."""
+    values = np.random.default_rng(number).normal(size=(number, 3))
+    white = (values - values.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(values.T))).T
+    return torch.from_numpy(white @ root + mean)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The judges
+def test_the_frechet_distance_is_that_of_two_gaussians():
+    """In closed form for diagonal covariances; else by the eigenvalues of A B, here of matrices that don't commute."""
+    features, others = gaussian(100, np.diag([2, 1, 0]), 0), gaussian(150, np.diag([1, 3, 0.5]), [1, 0, -2])
+    expected = (1 + 4) + (2 - 1) ** 2 + (1 - 3) ** 2 + (0 - 0.5) ** 2
+    assert frechet_distance(features, others) == pytest.approx(expected, abs=1e-6)
+    r, s = np.array([[2, 1, 0], [0, 1, 0.5], [1, 0, 0.3]]), np.array([[1, 0, 0], [2, 1, 0], [-1, 1, 3]])
+    a, b = r.T @ r, s.T @ s
+    assert abs(a @ b - b @ a).max() > 1
+    features, others = gaussian(100, r, [0, 3, 0]), gaussian(150, s, 0)
+    expected = 9 + np.trace(a + b) - 2 * np.sqrt(np.linalg.eigvals(a @ b)).sum()
+    for one, other in ((features, others), (others, features)):
+        assert frechet_distance(one, other) == pytest.approx(expected, abs=1e-6)
+    assert frechet_distance(features, features.flip(0)) == pytest.approx(0, abs=1e-6)
+    assert math.isnan(frechet_distance(features[:1], others))  # one alone has no covariance
 
 
 def digits(number, channels=1):
@@ -70,58 +77,58 @@ def test_the_classifier_learns_digits_and_sees_them_less_well_in_bicubic_images(
     images, labels = utils.draw_digits(3500, 16)
     classifier = metrics.train_classifier(images[500:], labels[500:])
     real, context = digits(500)  # the first of them
-    right = metrics.accuracy(real, labels[:500], classifier)
-    assert right.shape == (500,) and set(right.tolist()) <= {0.0, 1.0} and right.mean() > 0.9
-    wrong = metrics.accuracy(real, (labels[:500] + 1) % 10, classifier)
-    assert (right + wrong).max() == 1 and wrong.mean() < 0.1
+    right, wrong = (metrics.accuracy(real, (labels[:500] + i) % 10, classifier) for i in (0, 1))
+    assert right.shape == (500,) and right.mean() > 0.9 and wrong.mean() < 0.1
+    assert set((right + wrong).tolist()) <= {0.0, 1.0}
     assert metrics.accuracy(context, labels[:500], classifier).mean() < right.mean()
 
 
+def test_the_guesser_gives_each_class_the_probability_that_the_picture_leaves_it():
+    """Half of the pictures are light: class 2. A dark one is of class 0 three times in four, else of class 1."""
+    random = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.where(random[:, 0] > 0.5, 2, (random[:, 0] < 0.125).long())
+    pictures = (0.3 * random[:, 1] + 0.7 * (labels == 2)).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    probabilities = metrics.train_guesser(pictures, labels)(pictures).softmax(dim=1)
+    off = probabilities[labels != 2] - torch.tensor([0.75, 0.25, 0])
+    assert off.abs().max() < 0.1 and off.mean(0).abs().max() < 0.03 and probabilities[labels == 2, 2].min() > 0.95
+
+
 @pytest.mark.skipif("SR3_DATA_DIR" not in os.environ, reason="SR3_DATA_DIR names no folder with MNIST")
-def test_the_real_mnist_is_60000_and_10000_digits_which_the_classifier_knows(all_cores):
-    """It learns from a third here. The originals' means are 33.3 and 33.8, and enlargement nearly keeps a mean."""
-    config = utils.DataConfig("mnist", "", 32, 8, 1)
-    sets = [utils.load_data_set(config, train, os.environ["SR3_DATA_DIR"]) for train in (True, False)]
+def test_the_real_mnist_is_60000_and_10000_digits_known_by_the_classifier_and_guessed_from_16_pixels(all_cores):
+    """The classifier learns from a third here. The originals' means are 33.3 and 33.8; enlargement nearly keeps them."""
+    sets = utils.load_data(utils.load_config(), os.environ["SR3_DATA_DIR"])
     for (images, labels), number, mean, ones in zip(sets, (60_000, 10_000), (33.32, 33.79), (6742, 1135)):
         assert images.shape == (number, 1, 32, 32) and abs(images.float().mean().item() - mean) < 0.3
         assert labels.shape == (number,) and (labels == 1).sum() == ones
-    classifier = metrics.train_classifier(sets[0][0][:20_000], sets[0][1][:20_000])
-    assert metrics.accuracy(sets[1][0] / 255, sets[1][1], classifier).mean() >= 0.98
+    (images, labels), (tests, test_labels) = sets
+    classifier = metrics.train_classifier(images[:20_000], labels[:20_000])
+    assert metrics.accuracy(tests / 255, test_labels, classifier).mean() >= 0.98
+    low_res, test_low_res = (utils.downsample(utils.to_float(some), 4) for some in (images, tests))
+    assert metrics.accuracy(test_low_res, test_labels, metrics.train_guesser(low_res, labels)).mean() > 0.91
 
 
-def test_the_judge_cannot_tell_the_reference_from_itself_but_is_not_fooled_by_bicubic_images():
+def test_the_judge_is_fooled_by_half_of_what_it_cannot_tell_and_by_nothing_else():
+    images, context = digits(300)
+    assert abs(fool_rate(images, images, context).mean() - 0.5) < 4 * 0.5 / 150**0.5
+    mixed = torch.stack([images[::2], context[1::2]], dim=1).flatten(0, 1)  # every second one is the reference itself
+    same, other = fool_rate(mixed, images, context).view(75, 2).mean(0)
+    assert abs(same - 0.5) < 4 * 0.5 / 75**0.5 and other < 0.05
+    assert fool_rate(images.roll(1, dims=0), images, context).mean() < 0.2  # real ones, but of another x
+    ground = images.clamp(min=1 / 255)  # one level: every pixel of it shows without grain, hardly any with
+    assert fool_rate(ground, images, context, grain=0).mean() < 0.05 and fool_rate(ground, images, context).mean() > 0.2
     images, context = digits(200, channels=3)
-    fooled = fool_rate(images, images, context)
-    assert fooled.shape == (100,) and abs(fooled.mean() - 0.5) < 4 * 0.5 / 100**0.5
     assert fool_rate(context, images, context).mean() < 0.05
 
 
-def test_the_judge_is_fooled_by_half_of_what_it_cannot_tell():
-    """Every second output is the reference itself: at those it guesses, at the others it isn't fooled: 25 %."""
-    images, context = digits(300)
-    outputs = torch.stack([images[::2], context[1::2]], dim=1).flatten(0, 1)
-    fooled = fool_rate(outputs, images, context).view(75, 2).mean(0)  # of either kind
-    assert abs(fooled[0] - 0.5) < 4 * 0.5 / 75**0.5 and fooled[1] < 0.05
-
-
-def test_sharp_eyes_see_what_grain_hides():
-    """One level of 255 on the ground: seen by every pixel of it without grain, by hardly any with."""
-    images, context = digits(200)
-    outputs = images.clamp(min=1 / 255)
-    assert fool_rate(outputs, images, context, grain=0).mean() < 0.05
-    assert fool_rate(outputs, images, context).mean() > 0.2
-
-
-def test_the_judge_looks_at_the_low_resolution_picture():
-    """Outputs that are real images, but of another digit: only x gives them away."""
-    images, context = digits(400)
-    assert fool_rate(images.roll(1, dims=0), images, context).mean() < 0.2
-
-
-def test_a_seed_decides_what_a_judge_learns_nothing_else_changes_and_a_tie_is_half():
+def test_judges_learn_the_same_every_time_what_is_drawn_elsewhere_stays_and_a_tie_counts_half():
     images, context = digits(20)
-    state = torch.get_rng_state()
-    first, again = (fool_rate(images.flip(3), images, context) for _ in range(2))
-    assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())
-    outputs = torch.cat([context[:10], images[10:]])  # of which it is asked about the second half only
-    assert (fool_rate(outputs, images, context, grain=0) == 0.5).all()
+    labels, outputs = torch.arange(20) % 3, torch.cat([context[:10], images[10:]])  # the second half is asked about
+    for judge in (
+        lambda: metrics.train_classifier((255 * images).byte(), labels)(images),
+        lambda: metrics.train_guesser(context, labels)(context),
+        lambda: fool_rate(outputs, images, context, grain=0),
+    ):
+        torch.manual_seed(1)
+        first, state = judge(), torch.manual_seed(2).get_state()
+        assert torch.equal(first, judge()) and torch.equal(state, torch.get_rng_state())
+    assert (first == 0.5).all()

@@ -1,6 +1,7 @@
-"""sr3.py against equations (3) to (6) and (10), computed here in float64, with networks U that know the answer."""
+"""sr3.py against equations (4) to (6) and (10), computed here in float64, with networks U that know the answer."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,11 +24,10 @@ class TrueV:
     """A U that knows y_0, and so the noise ε = (ỹ - √γ y_0) / √(1 - γ): returns √γ ε - √(1 - γ) y_0, in float64."""
 
     def __init__(self, y_0):
-        self.y_0, self.gammas = y_0, []
+        self.y_0 = y_0
 
     def __call__(self, x, y_t, gamma):
         assert gamma.shape == (len(y_t),)
-        self.gammas.append(gamma[0].item())
         level = gamma.double()[:, None, None, None]
         noise = (y_t.double() - level.sqrt() * self.y_0) / (1 - level).sqrt()
         return level.sqrt() * noise - (1 - level).sqrt() * self.y_0
@@ -42,38 +42,30 @@ class Recorder:
         return -((1 - level) / level).sqrt() * y_t
 
 
-def test_gammas_are_right_to_float32_rounding():
-    gammas = SR3(Recorder()).gammas
-    torch.testing.assert_close(gammas, torch.tensor(gammas64()), rtol=1e-7, atol=0, check_dtype=False)
-    assert gammas.dtype == torch.float32 and (gammas.diff() < 0).all()
-
-
-def test_the_loss_is_the_mean_squared_error_to_the_noise_of_equation_5():
-    """A U that knows y_0 finds in ỹ the noise that is asked for; with an f_θ of 0 the loss is the noise's variance."""
+@pytest.mark.parametrize("gamma", [5e-5, 1e-2, 0.5, 0.99, 1 - 1e-6])
+def test_the_loss_is_equation_6_and_divided_by_gamma_the_error_of_v(monkeypatch, gamma):
+    """With f_θ = √(1 - γ) ỹ + √γ U in float64; the code's is float32, also where U ran in bfloat16."""
     torch.manual_seed(0)
-    y_0 = torch.rand(512, 1, 16, 16) * 2 - 1
-    assert SR3(TrueV(y_0)).loss(y_0, y_0).item() < 1e-9
-    recorder = Recorder()
-    loss = SR3(recorder).loss(y_0, y_0 - 1)
-    assert loss.shape == () and abs(loss.item() - 1) < 0.02 and torch.equal(recorder.given[0], y_0 - 1)
-
-
-def test_y_noisy_has_the_moments_of_equation_3():
-    torch.manual_seed(0)
-    recorder, y_0 = Recorder(), torch.full((256, 1, 64, 64), 0.7)
-    SR3(recorder).loss(y_0, y_0 - 1)
-    x, y_noisy, gamma = recorder.given
-    torch.testing.assert_close(x, y_0 - 1)
-    mean, std = y_noisy.double().mean((1, 2, 3)), y_noisy.double().std((1, 2, 3))
-    expected = (1 - gamma.double()).sqrt()
-    assert ((mean - 0.7 * gamma.double().sqrt()).abs() < 5 * expected / 64 + 1e-6).all()
-    assert ((std / expected - 1).abs() < 5 / math.sqrt(2 * 64 * 64)).all()
+    y_0, noise, u = torch.rand(64, 1, 16, 16) * 2 - 1, torch.randn(64, 1, 16, 16), torch.randn(64, 1, 16, 16).bfloat16()
+    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
+    losses = []
+    for weight in ("1", "1/gamma"):
+        model = SR3(lambda x, y_t, gamma: u, loss_weight=weight)
+        model.gammas = torch.tensor([gamma, gamma])  # of a process that has only this level
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(y_0, y_0).item())
+    level, y_0, noise, u = model.gammas[0].double(), y_0.double(), noise.double(), u.double()
+    y_noisy = level.sqrt() * y_0 + (1 - level).sqrt() * noise  # equation (5)
+    equation_6 = ((1 - level).sqrt() * y_noisy + level.sqrt() * u - noise).square().mean().item()
+    error_of_v = (u - (level.sqrt() * noise - (1 - level).sqrt() * y_0)).square().mean().item()
+    assert losses == pytest.approx([equation_6, error_of_v], rel=1e-4)
 
 
 def test_gamma_follows_the_piecewise_uniform_mixture_of_section_2_4():
     torch.manual_seed(0)
     recorder, schedule, y_0 = Recorder(), (10, 0.05, 0.5), torch.zeros(200_000, 1, 1, 1)
-    SR3(recorder, *schedule).loss(y_0, y_0)
+    SR3(recorder, *schedule)(y_0, y_0 - 1)
+    assert torch.equal(recorder.given[0], y_0 - 1)  # x as it is
     gamma = recorder.given[2].double()
     levels = torch.tensor(gammas64(*schedule), dtype=torch.float64)
     piece = torch.bucketize(-gamma, -levels).clamp(1, 10)  # t with γ_t <= γ <= γ_{t-1}
@@ -86,85 +78,58 @@ def test_gamma_follows_the_piecewise_uniform_mixture_of_section_2_4():
         assert distance < 2 / math.sqrt(len(u))
 
 
-@pytest.mark.parametrize("variance", ["posterior", "forward"])
+def test_the_levels_of_any_number_of_steps_are_even_in_t_and_rise_to_1():
+    for schedule, numbers in (((T, 1e-6, 1e-2), (1, 25, 999, 1001, 1999, T)), ((100, 1e-4, 0.1), range(1, 101))):
+        model, gammas = SR3(Recorder(), *schedule), gammas64(*schedule)
+        for steps in numbers:
+            levels, even = model.levels(steps), [gammas[schedule[0] * i // steps] for i in range(steps, -1, -1)]
+            assert levels == pytest.approx(even, rel=1e-7) and all(low < high for low, high in pairwise(levels))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 10, 50])
-def test_each_step_from_the_true_noise_is_the_posterior_of_equation_4(steps, variance):
+def test_each_step_from_the_true_noise_is_the_posterior_of_equation_4(steps):
     """From any γ to any other: the step's mean and variance, over 100,000 pixels, are equation (4)'s in float64."""
-    y_0, context, generator = 0.3, torch.zeros(10, 1, 100, 100), torch.Generator().manual_seed(2)
-    gammas = gammas64()
-    levels = [gammas[max(i, round(T * (i / steps) ** 2))] for i in range(steps, -1, -1)]
-    y_t = torch.randn(context.shape, generator=generator)
-    states = list(SR3(TrueV(y_0)).refine(context, steps, variance, generator, y_t))
-    assert len(states) == steps
-    for gamma_t, gamma_s, (gamma, y_s, y_0_hat) in zip(levels, levels[1:], states):
+    y_0, context, gammas = 0.3, torch.zeros(10, 1, 100, 100), gammas64()
+    levels = [gammas[T * i // steps] for i in range(steps, -1, -1)]
+    y_t = torch.randn(context.shape, generator=torch.Generator().manual_seed(2))  # what refine starts from
+    global_state = torch.get_rng_state()
+    states = list(SR3(TrueV(y_0)).refine(context, steps, torch.Generator().manual_seed(2)))
+    assert len(states) == steps and torch.equal(global_state, torch.get_rng_state())  # all noise is the generator's
+    for gamma_t, gamma_s, (y_s, y_0_hat) in zip(levels, levels[1:], states):
         # The posterior by Bayes' rule for Gaussians, not by the paper's formula: prior y_s | y_0, then y_t | y_s.
         alpha = gamma_t / gamma_s
         prior_mean, prior_variance = math.sqrt(gamma_s) * y_0, 1 - gamma_s
         gain = prior_variance * math.sqrt(alpha) / (alpha * prior_variance + 1 - alpha)
         mean = prior_mean + gain * (y_t.double() - math.sqrt(alpha) * prior_mean)
-        posterior = prior_variance * (1 - gain * math.sqrt(alpha))
-        expected = posterior if variance == "posterior" else (1 - alpha) * (gamma_s < 1)  # the last adds no noise
+        expected = prior_variance * (1 - gain * math.sqrt(alpha))
         residual = y_s.double() - mean
-        assert gamma == pytest.approx(gamma_s, rel=1e-6)
         assert abs(residual.mean()) < 5 * math.sqrt(expected / residual.numel()) + 1e-5
         assert residual.var() == pytest.approx(expected, rel=0.03, abs=1e-9)
         torch.testing.assert_close(y_0_hat, torch.full_like(y_0_hat, y_0), atol=1e-4, rtol=0)
         y_t = y_s
-
-
-@pytest.mark.parametrize("variance", ["posterior", "forward"])
-@pytest.mark.parametrize("steps", [1, 7, T])
-def test_with_the_true_noise_a_whole_refinement_ends_at_y_0(steps, variance):
-    y_0 = torch.rand(2, 3, 4, 4) * 2 - 1
-    unet = TrueV(y_0)
-    result = SR3(unet).sample(torch.zeros_like(y_0), steps, variance=variance)
-    torch.testing.assert_close(result, y_0, atol=1e-4, rtol=0)  # f_θ's rounding to float32 is divided by √γ
-    assert len(set(unet.gammas)) == len(unet.gammas) == steps and unet.gammas == sorted(unet.gammas)
-
-
-def test_f_theta_is_preconditioned_so_that_nothing_is_amplified():
-    """f_θ = √(1 - γ) ỹ + √γ U, and so ŷ_0 of (10) is √γ ỹ - √(1 - γ) U: in float64, also where U ran in bfloat16."""
-    gamma = torch.tensor([4.5e-5, 1e-3, 0.5, 0.999, 1 - 1e-6])
-    u, y_t = torch.randn(5, 1, 8, 8).bfloat16(), torch.randn(5, 1, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        noise = SR3(lambda x, y_t, gamma: u).predict_noise(y_t, y_t, gamma)
-    level = gamma.double().view(5, 1, 1, 1)
-    expected = (1 - level).sqrt() * y_t.double() + level.sqrt() * u.double()
-    assert noise.dtype == torch.float32
-    torch.testing.assert_close(noise.double(), expected, atol=1e-6, rtol=1e-6)
-    y_0 = (y_t.double() - (1 - level).sqrt() * expected) / level.sqrt()
-    torch.testing.assert_close(y_0, level.sqrt() * y_t.double() - (1 - level).sqrt() * u.double(), atol=1e-9, rtol=1e-9)
-
-
-def test_a_generator_makes_samples_reproducible():
-    model, context, state = SR3(Recorder()), torch.zeros(2, 1, 8, 8), torch.get_rng_state()
-    first, again, other = (model.sample(context, 4, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(state, torch.get_rng_state())  # the global numbers are left alone
+    torch.testing.assert_close(y_t, torch.full_like(y_t, y_0), atol=1e-4, rtol=0)  # where it ends
 
 
 def test_schedules_and_arguments_out_of_range_are_refused():
     for schedule in ((2000, 1e-6, 0.5), (10, 1e-9, 1e-9), (2000, 1e-6, 0.999)):  # nothing left to divide by
         with pytest.raises(ValueError, match=str(schedule[2])):
             SR3(Recorder(), *schedule)
-    for steps, variance, word in ((0, "forward", "0"), (T + 1, "forward", "2001"), (1, "fixed", "fixed")):
-        with pytest.raises(ValueError, match=word):
-            SR3(Recorder()).sample(torch.zeros(1, 1, 4, 4), steps, variance=variance)
+    with pytest.raises(ValueError, match="loss_weight is 'gamma'"):
+        SR3(Recorder(), loss_weight="gamma")
+    for steps in (0, T + 1):
+        with pytest.raises(ValueError, match=f"steps is {steps}"):
+            SR3(Recorder()).sample(torch.zeros(1, 1, 4, 4), steps)
 
 
 def test_regression_learns_y_0_from_x_by_squared_error_and_always_samples_its_one_answer():
-    given = []
-
     def enlarge(x, y_t, gamma):
-        given.append((y_t, gamma))
+        assert torch.equal(y_t, torch.zeros_like(x)) and torch.equal(gamma, torch.ones(4))
         return 1.5 * x
 
     torch.manual_seed(0)
     model, (x, y_0) = Regression(enlarge), torch.rand(2, 4, 3, 8, 8) * 2 - 1
     expected = (1.5 * x.double() - y_0.double()).square().mean().item()
-    assert model.loss(y_0, x).item() == pytest.approx(expected, rel=1e-5)
-    assert torch.equal(given[0][0], torch.zeros_like(x)) and torch.equal(given[0][1], torch.ones(4))
-    result = model.sample(x, 25, variance="forward", generator=torch.Generator())
-    assert torch.equal(result, (1.5 * x).clamp(-1, 1))
-    [(gamma, y_t, y_0)] = model.refine(x, 7)
-    assert gamma == 1 and torch.equal(y_t, result) and torch.equal(y_0, result)
+    assert model(y_0, x).item() == pytest.approx(expected, rel=1e-5)
+    for image in (model.sample(x, 25, torch.Generator()), *next(model.refine(x, 7))):
+        assert torch.equal(image, (1.5 * x).clamp(-1, 1))
+    assert len(list(model.refine(x, 7))) == 1

@@ -1,119 +1,85 @@
-"""How fast the lesson is on this machine: `python tools/benchmark.py --config_path configs/mnist.toml`.
+"""How fast the lesson is on this machine: `python tools/benchmark.py`, with any of the settings of train_mnist.py.
 
-Prints one table. Its first row is the plain form of the same network (float32, contiguous, not compiled, Adam not
-fused), the second what train_mnist.py does by itself on a CPU, the third what it does on a GPU, compiled; each runs in
-its own process. A training step here is loss, gradients, clipping and Adam, without indexing, average and log.
+    python tools/benchmark.py --batch_size 128 --device cuda
+
+Prints a table with a row for float32, bfloat16, and each of them compiled (--compile, which takes minutes). A training
+step here is all of a step but its log; sampling is `sampling_steps` calls of the U-Net for each image.
 """
 
 import argparse
-import multiprocessing
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils  # before torch: it lets an Apple GPU leave to the CPU what it lacks
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from sr3 import build_model
 
 
-def seconds(function, device: torch.device, repeats: int) -> float:
-    """Seconds a call takes: the mean of `repeats` calls after two that are not counted."""
+def seconds(function: Callable, device: torch.device, repeats: int) -> float:
+    """Seconds that a call takes: the mean of `repeats` calls after two that are not counted."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+
     for i in range(repeats + 2):
         if i == 2:
-            wait(device)
+            wait()
             started = time.perf_counter()
         function()
-    wait(device)
+    wait()
     return (time.perf_counter() - started) / repeats
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def measure(config, device: torch.device, precision: str, compiled: bool, repeats: int) -> tuple[float, float]:
+    """Images per second in training and in sampling."""
+    model = utils.build_model(config).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    if compiled:
+        utils.compile_networks([model.unet], device)
+    shape = (config.batch_size, config.channels, config.image_size, config.image_size)
+    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    context = utils.make_pair(images, config.low_res_size)[2]
 
-
-def peak_memory() -> float:
-    """The most memory that this process had, in bytes; unknown on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def measure(flags: argparse.Namespace, form: str) -> dict[str, float]:
-    config = utils.load_config(flags.config_path, vars(flags))
-    device = utils.choose_device(flags.device)
-    plain = form == "plain float32"
-    precision = torch.float32 if plain else utils.choose_precision(config.training.precision, device)
-    layout = torch.contiguous_format if plain else utils.choose_layout(config.model.features, device)
-    autocast = utils.choose_autocast(precision, device)
-    model = build_model(config).to(device, memory_format=layout)
-    optimizer = torch.optim.Adam(model.parameters(), fused=not plain, foreach=False if plain else None)
-    batch_size, size = config.training.batch_size, config.data.image_size
-    high_res = torch.rand(batch_size, config.data.channels, size, size, device=device) * 2 - 1
-
-    def training_step():
-        context = utils.upsample(utils.downsample(high_res, config.data.low_res_size), size)
-        with autocast():
+    def training_step() -> None:
+        high_res, _, context = utils.make_pair(images, config.low_res_size)
+        with autocast:
             loss = model(high_res, context)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def forward():
-        with autocast():
-            model.unet(high_res, high_res, torch.full((batch_size,), 0.5, device=device))
+    def forward() -> None:
+        with autocast:
+            model.unet(context, context, context.new_full((len(context),), 0.5))
 
-    flops = []
-    for function in (training_step, forward):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        flops.append(counter.get_total_flops())
-    if "compiled" in form:
-        utils.compile_networks([model.unet], True, device)
-    side = 8192 if device.type == "cuda" else 2048
-    matrix = torch.rand(side, side, device=device, dtype=precision)
-    peak = 2 * side**3 / seconds(lambda: matrix @ matrix, device, 10)  # FLOP/s
-    training, sampling = (seconds(function, device, flags.repeats) for function in (training_step, forward))
-    gpu = device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() if gpu else peak_memory()
-    return {
-        "training": batch_size / training,
-        "sampling": batch_size / sampling / config.sampling.steps,
-        "memory": memory / 2**30,
-        "training_flops": flops[0] / training,
-        "forward_flops": flops[1] / sampling,
-        "peak": peak,
-    }
+    training, sampling = (seconds(function, device, repeats) for function in (training_step, forward))
+    return config.batch_size / training, config.batch_size / sampling / config.sampling_steps
 
 
-@utils.errors_in_one_line()
+@utils.errors_in_one_line("give a smaller --batch_size")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", default=utils.HERE / "configs/mnist.toml")
+    parser.error = utils.fail
+    parser.add_argument("--config_path")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--device")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.error = utils.fail
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=20)
     flags = parser.parse_args()
-    print("| form | training images/s | sampling images/s | memory GB | training TFLOP/s | forward TFLOP/s |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    base = None
-    for form in ("plain float32", "lesson", "lesson, compiled"):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            m = pool.submit(measure, flags, form).result()
-        base = base or m
-        cells = [f"{m[k]:.3g} ({m[k] / base[k]:.2f}×)" for k in ("training", "sampling")]
-        cells += [f"{m['memory']:.1f}"]
-        cells += [f"{m[k] / 1e12:.3g} ({m[k] / m['peak']:.0%} of peak)" for k in ("training_flops", "forward_flops")]
-        print("| " + " | ".join([form, *cells]) + " |", flush=True)
+    config, device = utils.load_config(flags.config_path, vars(flags)), utils.choose_device(flags.device)
+    print("| form | training images/s | sampling images/s |\n| --- | --- | --- |")
+    for compiled in (False, True) if flags.compile else (False,):
+        for precision in ("float32", "bfloat16"):
+            training, sampling = measure(config, device, precision, compiled, flags.repeats)
+            print(f"| {precision}{', compiled' * compiled} | {training:.3g} | {sampling:.3g} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The averaged weights of a checkpoint in half precision, for `load_model` and evaluate.py, an eighth of its size.
+"""The averaged weights of a checkpoint in half precision, for `load_model`, evaluate.py and sample.py.
 
-python tools/export_weights.py output/checkpoint.pt output/reference/4x/sr3.pt
+python tools/export_weights.py output/checkpoint.pt output/reference/8x/sr3.pt
 """
 
 import sys
@@ -15,8 +15,9 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise utils.InputError(f"give a checkpoint and where its weights go, not {sys.argv[1:]}")
     checkpoint = utils.load_checkpoint(sys.argv[1])  # what drawing needs of it
-    checkpoint["ema"] = {name: weight.half() for name, weight in checkpoint["ema"].items()}
-    utils.save_checkpoint(Path(sys.argv[2]), checkpoint)
+    weights = {name: weight.half() for name, weight in checkpoint["ema"].items()}
+    state = {"config": vars(checkpoint["config"]), "step": checkpoint["step"], "ema": weights}
+    utils.save_checkpoint(Path(sys.argv[2]), state)
 
 
 if __name__ == "__main__":
