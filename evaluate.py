@@ -175,14 +175,18 @@ def format_table(rows: dict[str, dict[str, Score]], with_errors: bool = False) -
 def save_comparison(path: Path, models: dict[str, SR3 | Regression], images: Tensor, guess: Tensor | None) -> None:
     """The input, the regression's answer, the mean of eight samples, four of them, and the truth; a row for each image.
 
-    Eight of the images, uint8 [N, C, H, W], at even ranks by how unsure a network is that sees x alone, `guess`.
+    Of the images, uint8 [N, C, H, W], these are eight from ambiguous to clear: evenly spaced in the entropy of `guess`,
+    [N, classes], what a network says that sees x alone. Without it they are the first eight.
     """
     if "SR3" not in models:
         return
-    order = torch.arange(len(images))
+    chosen = list(range(min(8, len(images))))
     if guess is not None:
-        order = torch.special.entr(guess).sum(dim=1).argsort(descending=True).cpu()  # entropy, the largest first
-    chosen = order[torch.linspace(0, len(images) - 1, min(8, len(images))).long()]
+        entropy = torch.special.entr(guess).sum(dim=1).cpu()  # [N]
+        for i, target in enumerate(torch.linspace(entropy.max(), entropy.min(), len(chosen))):
+            distance = (entropy - target).abs()
+            distance[chosen[:i]] = torch.inf  # none comes twice
+            chosen[i] = distance.argmin().item()
     model = models["SR3"]
     high_res, low_res, context = make_pair(images[chosen].to(model.gammas.device), model.config.low_res_size)
     samples = super_resolve(model, context.repeat_interleave(8, dim=0), model.config.sampling_steps)
