@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import utils  # before torch: it lets an Apple GPU leave to the CPU what it lacks
+import utils  # before torch: it lets the CPU do what an Apple GPU can't
 import torch
 from einops import rearrange
 from torch import Tensor

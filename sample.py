@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import utils  # before torch: it lets an Apple GPU leave to the CPU what it lacks
+import utils  # before torch: it lets the CPU do what an Apple GPU can't
 import torch
 import torch.nn.functional as F
 from einops import rearrange

@@ -1,12 +1,13 @@
 """SR3, "Image Super-Resolution via Iterative Refinement" (arXiv 2104.07636): the noise levels, Algorithms 1 and 2.
 
-The story in the paper's order. A diffusion adds noise to the high-resolution image y_0 until nothing is left of it
-(section 2.1). A network f_θ learns to predict that noise, with the low-resolution image x beside it (section 2.2,
-Algorithm 1). A new image is made by starting from pure noise and removing it step by step (section 2.3, Algorithm 2).
+The story in the paper's order. A diffusion adds noise to the high-resolution image y_0 until almost nothing is left of
+it (section 2.1). f_θ learns to predict that noise, with the low-resolution image x beside it (section 2.2 and
+Algorithm 1). A new image is made by starting from pure noise and removing it step by step (section 2.3 and
+Algorithm 2). At the end stands the regression that the paper compares with.
 
-All images are [B, C, H, W] in [-1, 1]; x is already enlarged to the size of y_0. This file needs torch and einops only.
-To use SR3 in a project of your own, copy it together with unet.py, or pass in any network that is called as
-unet(x, y_t, gamma), with gamma [B], and returns [B, C, H, W].
+Images are [B, C, H, W] in [-1, 1]; x is already enlarged to the size of y_0. U is the U-Net that f_θ is computed from.
+This file needs torch and einops only. To use SR3 in a project of your own, copy it together with unet.py, or pass in
+any network that is called as unet(x, y_t, gamma), with gamma [B], and returns [B, C, H, W].
 """
 
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ class SR3(nn.Module):
 
     The noise schedule is β_t = 1 - α_t, linear from `beta_start` to `beta_end` in `num_timesteps` steps, the paper's T.
     The buffer `gammas`, [T + 1] in float32, holds γ_0 = 1 and γ_t = α_1 · … · α_t, multiplied in float64.
-    `loss_weight` is "1/gamma" or "1", see `forward`. Raises ValueError for another weight, and for a schedule with γ_1
-    not below 1 or γ_T not above 1e-8.
+    `loss_weight` is "1/gamma" or "1", see `forward`. Raises ValueError for any other weight, and unless γ_1 < 1 and
+    γ_T > 1e-8.
     """
 
     def __init__(
@@ -50,20 +51,21 @@ class SR3(nn.Module):
     def predict_noise(self, context: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
         """f_θ(x, ỹ, γ) = √(1 - γ) · ỹ + √γ · U(x, ỹ, γ): x and ỹ [B, C, H, W], γ [B] -> the noise in ỹ, in float32.
 
-        Why not f_θ = U? Equation (10) would divide the error of U by √γ, which is 1/150 at t = T. With the line above,
-        f_θ is ε exactly when U is v = √γ ε - √(1 - γ) y_0, and (10) becomes ŷ_0 = √γ ỹ - √(1 - γ) U, which amplifies
-        nothing. This is the v-prediction of Salimans and Ho (arXiv 2202.00512); the paper does not say how its f_θ is
-        computed. The products are float32 even under autocast: bfloat16 rounds too coarsely to be divided by √γ.
+        ỹ is y_0 with noise ε of level γ, by equation (5). Why not f_θ = U? Equation (10) would divide the error of U by
+        √γ, which is 1/150 at t = T. With the line above, f_θ is ε exactly when U is v = √γ ε - √(1 - γ) y_0, and (10)
+        becomes ŷ_0 = √γ ỹ - √(1 - γ) U, which amplifies nothing. This is the v-prediction of Salimans and Ho (arXiv
+        2202.00512); the paper does not say how its f_θ is computed. The products are float32 even under autocast, since
+        bfloat16 rounds too coarsely to be divided by √γ.
         """
         level = rearrange(gamma, "b -> b 1 1 1")
         return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t, gamma).float()
 
     def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
-        """Algorithm 1 for one batch of y_0 and x, both [B, C, H, W] in [-1, 1]: the loss of equation (6), a scalar.
+        """Algorithm 1 for one batch of y_0 and x, both [B, C, H, W] in [-1, 1]: the loss, a scalar.
 
-        The paper's loss is the mean of (f_θ - ε)², `loss_weight="1"`. Since f_θ - ε = √γ (U - v), it hardly counts what
-        U gets wrong at small γ, where the layout of the image is decided. With "1/gamma" each error is divided by its
-        γ, so all levels count alike: the "SNR + 1" weighting of Salimans and Ho, section 4.
+        With `loss_weight="1"` it is the paper's (6) with p = 2, the mean of (f_θ - ε)². Since f_θ - ε = √γ (U - v), it
+        nearly ignores U's errors at small γ, where the layout of the image is decided. With "1/gamma" each error is
+        divided by its γ, so all levels count alike: the "SNR + 1" weighting of Salimans and Ho.
         """
         # Line 3: γ ~ p(γ): t uniform in 1…T, then γ uniform between γ_t and γ_{t-1} (section 2.4).
         t = torch.randint(1, len(self.gammas), high_res.shape[:1], device=high_res.device)  # [B]
@@ -77,9 +79,10 @@ class SR3(nn.Module):
         return (error / level if self.loss_weight == "1/gamma" else error).mean()
 
     def levels(self, steps: int) -> list[float]:
-        """The noise levels of an inference in `steps` steps, from γ_T to γ_0 = 1: those of t = T · i / steps.
+        """The `steps` + 1 noise levels of an inference, from γ_T to γ_0 = 1, evenly spaced in t, which is rounded down.
 
-        f_θ is told γ and not t, so their number is free after training. Raises ValueError unless 1 ≤ steps ≤ T.
+        f_θ is told γ and not t, so they can be chosen after training; the paper searches for them, where these are
+        simply even. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         T = len(self.gammas) - 1
         if not 1 <= steps <= T:
@@ -123,7 +126,7 @@ class Regression(nn.Module):
         self.unet = unet
 
     def predict(self, context: Tensor) -> Tensor:
-        """x -> ŷ_0, both [B, C, H, W], in float32. Zeros take the place of ỹ, and γ = 1 says that there is no noise."""
+        """x -> ŷ_0, both [B, C, H, W], in float32. Zeros take the place of ỹ and 1 that of γ: they say nothing."""
         return self.unet(context, torch.zeros_like(context), context.new_ones(len(context))).float()
 
     def forward(self, high_res: Tensor, context: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import time
 from copy import deepcopy
 from pathlib import Path
 
-import utils  # before torch: it lets an Apple GPU leave to the CPU what it lacks
+import utils  # before torch: it lets the CPU do what an Apple GPU can't
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -27,23 +27,23 @@ from tqdm import tqdm
 from metrics import consistency, psnr, ssim
 from utils import DEFAULTS, HERE, RANK, RANKS, InputError, fail, make_pair, to_unit, upsample
 
-BAR_EVERY = 10  # steps between two looks at the loss, each of which makes the script wait for the device
+BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
 LOG_EVERY = 100  # steps between two rows of log.csv, a multiple of BAR_EVERY
 LOG_COLUMNS = ["dataset", "step", "loss", "learning_rate", "images_per_second", "psnr", "ssim", "consistency"]
-FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]  # a resumed run keeps data, network and diffusion
+FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]  # what is above it in mnist.toml stays when resuming
 
 
-@utils.errors_in_one_line("give a smaller --batch_size or --image_size, or a smaller data set, which lies in memory")
+@utils.errors_in_one_line("give a smaller --batch_size or --image_size, or a smaller data set (all in memory)")
 def main(arguments: list[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
-    # 1. Settings: configs/mnist.toml, then the lines of --config_path, then the flags. A resumed run starts from those
-    # of its checkpoint instead, so that no flag needs to be repeated.
+    # 1. Settings: configs/mnist.toml, then the lines of --config_path, then the flags. A resumed run starts from its
+    # checkpoint's settings instead, so no flag needs to be repeated.
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--config_path", help="a file of settings that differ from configs/mnist.toml")
-    parser.add_argument("--data_dir", default=HERE / "data", help="where data sets are, or are put; default: data")
-    parser.add_argument("--output_dir", default=HERE / "output", help="where results are put; default: output")
+    parser.add_argument("--data_dir", default=HERE / "data", help="folder of the data sets; default: data")
+    parser.add_argument("--output_dir", default=HERE / "output", help="folder of the results; default: output")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: worth it for long runs only")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
@@ -80,14 +80,15 @@ def main(arguments: list[str] | None = None) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # 3. Data: all training images on the device (MNIST: 61 MB), and 64 test images for the grids.
+    # 3. Data: all training images on the device (MNIST: 61 MB), and 64 test images for the grids. Where MNIST can't be
+    # had, digits are drawn instead, and config.dataset becomes "digits".
 
     (images, _), (test_images, _) = utils.load_data(config, flags.data_dir, or_digits=True, leave_out=output_dir)
     images = images.to(device)  # uint8 [N, C, H, W]
     grid_images = test_images[:64].to(device)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # 4. Model: SR3, or the regression baseline. `ema` is the running average of its weights, which draws.
+    # 4. Model: SR3, or the regression baseline. `ema` has the exponential moving average of its weights, and draws.
 
     torch.manual_seed(config.seed)
     model = utils.build_model(config).to(device)
@@ -112,18 +113,18 @@ def main(arguments: list[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------------------
     # 5. Training: Algorithm 1.
 
-    stop_signals = utils.catch_signals()
+    stop_signals = utils.catch_signals()  # a list, empty until Ctrl-C or SIGTERM
     stop = step >= config.num_training_steps
     losses, started = [], time.perf_counter()  # since the last row of the log
     bar = tqdm(total=config.num_training_steps, initial=step, unit="step", dynamic_ncols=True, disable=RANK > 0)
     with bar:
-        while not stop:  # line 1: "until converged"
+        while not stop:  # "until converged"
             step += 1
             torch.manual_seed(hash((config.seed, step, RANK)))  # for each step, so that a resumed run draws the same
-            # Line 2: a pair (x, y_0); x, the context, is made from y_0 itself.
+            # Line 2: a pair (x, y_0); the context x is made from y_0 itself, by bicubic resampling (section 2.4).
             indices = torch.randint(len(images), (config.batch_size // RANKS,), device=device)
-            high_res, _, context = make_pair(images[indices], config.low_res_size)  # [B, C, H, W] each
-            # Lines 3 and 4 are in SR3.forward, which returns the loss of line 5.
+            high_res, _, context = make_pair(images[indices], config.low_res_size)  # y_0 and x, [B, C, H, W]
+            # Lines 3 and 4 are in SR3.forward, which returns the loss of line 5. (A regression has no noise to draw.)
             with autocast:
                 loss = parallel(high_res, context)
             # Line 5: a gradient step on that loss.
@@ -133,14 +134,14 @@ def main(arguments: list[str] | None = None) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad()
-            # The average of the weights. A young one forgets faster, so its memory grows with the run.
+            # The average of the weights covers about the last ninth of the steps so far.
             with torch.no_grad():
                 for average, weight in zip(ema.parameters(), model.parameters()):
                     average.lerp_(weight, 1 - (1 + step) / (10 + step))
             losses.append(loss.detach())
             bar.update()
 
-            # What does this step call for? Only from here on does the script wait for the device.
+            # What is due after this step? Only below does the script wait for the device.
             stop = bool(stop_signals) or step == config.num_training_steps
             drawing = not stop and (step % config.sample_every == 0 or step in config.early_samples)
             logging = stop or drawing or step % LOG_EVERY == 0
@@ -171,9 +172,9 @@ def main(arguments: list[str] | None = None) -> None:
         if step < config.num_training_steps:
             print(f"stopped after step {step}; the same command with --resume goes on from there")
             raise SystemExit(128 + stop_signals[0])
-        if RANK == 0:  # also where a run that was cut off while it drew its last pictures is resumed
+        if RANK == 0:  # also when resuming a run that was cut off while it drew its last pictures
             results = draw(ema, grid_images, config, autocast, output_dir, step, bar, animation=config.method == "sr3")
-            if log:
+            if log and int(log[-1]["step"]) == step:
                 log[-1] |= results
             utils.save_log(log_path, LOG_COLUMNS, log)
     if RANKS > 1:
@@ -183,23 +184,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm, animation: bool = False) -> dict:
-    """Writes grids of what a model makes of the same images and the same noise every time; returns the mean metrics.
+    """Saves what a model, by Algorithm 2 (`SR3.refine`), makes of the same images and noise each time; returns metrics.
 
-    hr: the targets; lr: the inputs; sr: the results; refinement: ŷ_0 on its way, for the eight images whose first
-    estimate changes most.
+    Grids hr: the targets; lr: the inputs; sr: the results; refinement: the estimates ŷ_0 at six noise levels, for the
+    eight images where they change most. The animation shows y_t, from noise to image.
     """
     bar.set_description_str(f"drawing {len(images)} images")
     high_res, low_res, context = make_pair(images, config.low_res_size)  # [64, C, H or h, W or w]
-    generator = torch.Generator(images.device).manual_seed(config.seed)  # its own: training stays as it is
+    generator = torch.Generator(images.device).manual_seed(config.seed)
     steps = config.sampling_steps if config.method == "sr3" else 1
-    estimates = {1 + (steps - 1) * i // 5: [] for i in range(6)}  # ŷ_0 after these steps, for the refinement grid
+    estimates = {1 + (steps - 1) * i // 6: [] for i in range(6)}  # ŷ_0 of these steps, for the refinement grid
     states = {i: [] for i in range(steps, 0, -math.ceil(steps / 50))} if animation else {}  # y_t, for the animation
     finished = []
     size = config.batch_size // RANKS  # as many at once as fit into memory in training
     for start in range(0, len(images), size):
         with autocast:
-            refinement = model.refine(context[start : start + size], steps, generator)
-            for i, (y_t, y_0_hat) in enumerate(refinement, start=1):
+            for i, (y_t, y_0_hat) in enumerate(model.refine(context[start : start + size], steps, generator), start=1):
                 if i in estimates:
                     estimates[i].append(y_0_hat)
                 if i in states:
@@ -211,20 +211,21 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
     estimates = {i: torch.cat(parts) for i, parts in estimates.items()}
     change = (estimates[1] - super_res).square().mean(dim=(1, 2, 3))
     rows = change.argsort(descending=True, stable=True)[:8]
-    columns = {"input": pixels[rows]}
+    labels, columns = ["input"], [pixels[rows]]
     if config.method == "sr3":  # a regression has no steps to show
         levels = model.levels(steps)
-        columns |= {f"gamma\n{levels[i - 1]:.2g}": estimate[rows] for i, estimate in estimates.items()}
-    columns |= {"result": super_res[rows], "truth": high_res[rows]}
-    refinement = torch.stack(list(columns.values()), dim=1).flatten(0, 1)  # a row for each image
+        labels += [f"gamma\n{levels[i - 1]:.2g}" for i in estimates]
+        columns += [estimate[rows] for estimate in estimates.values()]
+    labels, columns = [*labels, "result", "truth"], [*columns, super_res[rows], high_res[rows]]
     grids = {"hr": (high_res, 8, None), "lr": (pixels, 8, None), "sr": (super_res, 8, None)}
-    grids["refinement"] = (refinement, len(columns), list(columns))
+    grids["refinement"] = (torch.stack(columns, dim=1).flatten(0, 1), len(columns), labels)  # a row for each image
     for name, (grid, width, labels) in grids.items():
         path = output_dir / f"{name}-{step:06d}.png"
         utils.save_grid(path, to_unit(grid), width, f"{config.dataset}, step {step}", labels=labels)
     if animation:
         pairs = [torch.stack([pixels[:20], torch.cat(states[i])], dim=1).flatten(0, 1) for i in sorted(states)]
-        utils.save_animation(output_dir / "refinement.gif", [utils.picture_of(to_unit(p), 10) for p in pairs])
+        frames = [utils.picture_of(to_unit(pair), 10, labels=["input", "y_t"] * 5) for pair in pairs]
+        utils.save_animation(output_dir / "refinement.gif", frames)
 
     high_res, low_res, super_res = map(to_unit, (high_res, low_res, super_res))
     values = psnr(super_res, high_res), ssim(super_res, high_res), consistency(super_res, low_res)

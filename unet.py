@@ -1,4 +1,4 @@
-"""The U-Net U(x, ỹ, γ): DDPM's, with changes of the paper's section 2.4.
+"""The U-Net U(x, ỹ, γ): DDPM's, with changes from the paper's section 2.4.
 
 It sees the low-resolution image x, enlarged to the target size, beside the noisy image ỹ, and is told the noise level
 γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U.
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-GROUPS = 8  # of every GroupNorm; DDPM's 32 would leave one channel a group at 32 features
+GROUPS = 8  # of every GroupNorm; DDPM's 32 don't divide 16 features
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
-    """The last convolution of a branch starts at zero, so that the branch starts as nothing (DDPM)."""
+    """Start a last convolution at zero, so that its branch, or the whole network, starts as nothing (DDPM)."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -25,7 +25,8 @@ class ResidualBlock(nn.Module):
     """A residual block as in BigGAN, which also resamples; the sum is rescaled by 1/√2 (section 2.4).
 
     GroupNorm, SiLU, 3×3 convolution, twice: [B, in_channels, H, W] -> [B, out_channels, H', W'], where H' is H, or
-    H / 2 (`resample="down"`), or 2 H (`"up"`). The embedded noise level scales and shifts the second norm.
+    H / 2 (`resample="down"`), or 2 H (`"up"`). The noise level, embedded in [B, embedding_dim], scales and shifts the
+    second norm.
     """
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, resample: str):
@@ -87,9 +88,9 @@ class UNet(nn.Module):
     stages on every level; the output of a stage on the way down is concatenated to the input of its mirror image on the
     way up. Self-attention follows the residual blocks whose resolution is in `attention_resolutions`.
 
-    C is `image_channels`, 1 or 3; `image_size` is H and W. Raises ValueError for other channels, for sizes that the
-    levels don't have, and for features that the norms' groups or the attention's heads don't divide. `forward` raises
-    it for an x of another shape, type or device than the network's.
+    C is `image_channels`, 1 or 3; `image_size` is H and W. Raises ValueError for other channels, for an `image_size`
+    that doesn't halve evenly, for attention at a resolution that no level has, and for features that the norms' groups
+    or the attention's heads don't divide. `forward` raises it for an x of another shape, type or device than its own.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class UNet(nn.Module):
         def attention(i: int) -> nn.Module:
             return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
 
-        # For angles from 0 to π / 2: frequency 1 covers a quarter turn there, 1000 tells 0.001 rad apart.
+        # `forward` embeds γ as an angle from 0 to π / 2: frequency 1 is for coarse, 1000 for the finest differences.
         self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(features, embedding_dim),
@@ -135,7 +136,7 @@ class UNet(nn.Module):
             nn.SiLU(),
         )
         self.conv_in = nn.Conv2d(2 * image_channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()  # from the outside in: the way up grows from its end
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()  # built from the outside in, so `up` grows at its front
         for i, width in enumerate(widths):
             for _ in range(blocks_per_level):
                 self.down.append(Stage(block(width, width), attention(i)))
@@ -153,8 +154,8 @@ class UNet(nn.Module):
             wanted = f"[B, {', '.join(map(str, self.image_shape))}] of {weight.dtype} on {weight.device}"
             raise ValueError(f"x is {list(x.shape)} of {x.dtype} on {x.device}: the network wants {wanted}")
 
-        # The noise level as the angle whose cosine is √γ and whose sine is √(1 - γ): unlike γ, it tells levels apart
-        # as well next to 0 as next to 1.
+        # The noise level as the angle whose cosine is √γ and whose sine is √(1 - γ). It spreads the levels near γ = 0
+        # and near γ = 1, where γ itself crowds them.
         angle = torch.atan2((1 - gamma).sqrt(), gamma.sqrt())  # [B]
         phases = rearrange(angle, "b -> b 1") * self.frequencies
         embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1))  # [B, embedding_dim]

@@ -557,7 +557,7 @@ def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: 
 def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """From uint8 images [B, C, H, W] in 0…255 the target y_0, the low-resolution image and the context x, in [-1, 1].
 
-    They are [B, C, H, W], [B, C, low_res_size, low_res_size] and [B, C, H, W].
+    They are [B, C, H, W], [B, C, low_res_size, low_res_size] and [B, C, H, W]. x overshoots a little beyond [-1, 1].
     """
     high_res = to_float(images)
     low_res = downsample(high_res, low_res_size)

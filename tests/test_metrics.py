@@ -95,7 +95,7 @@ def test_the_guesser_gives_each_class_the_probability_that_the_picture_leaves_it
 
 @pytest.mark.skipif("SR3_DATA_DIR" not in os.environ, reason="SR3_DATA_DIR names no folder with MNIST")
 def test_the_real_mnist_is_60000_and_10000_digits_known_by_the_classifier_and_guessed_from_16_pixels(all_cores):
-    """The classifier learns from a third here. The originals' means are 33.3 and 33.8; enlargement nearly keeps them."""
+    """The classifier learns from a third here. The originals have means of 33.3 and 33.8; enlarging keeps them."""
     sets = utils.load_data(utils.load_config(), os.environ["SR3_DATA_DIR"])
     for (images, labels), number, mean, ones in zip(sets, (60_000, 10_000), (33.32, 33.79), (6742, 1135)):
         assert images.shape == (number, 1, 32, 32) and abs(images.float().mean().item() - mean) < 0.3

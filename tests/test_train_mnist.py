@@ -139,15 +139,15 @@ def test_the_pictures_show_64_test_digits_and_what_the_averaged_weights_make_of_
     error = ((drawn.double() - y_0.double()) / 2).square().mean((1, 2, 3))
     assert float(log_of(output)[-1]["psnr"]) == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3)
 
-    # Columns of the refinement: low resolution, ŷ_0 after each of the four steps, super-resolution, high resolution,
-    # of the eight digits that are farthest from their first ŷ_0.
+    # Columns of the refinement: low resolution, ŷ_0 of each step but the last, super-resolution, high resolution, of the
+    # eight digits that are farthest from their first ŷ_0.
     generator = torch.Generator().manual_seed(0)
     estimates = []
     for part in context.split(4):
         first, *_ = [y_0_hat for _, y_0_hat in model.refine(part, 4, generator)]
         estimates.append(first)
     chosen = (torch.cat(estimates) - drawn).double().square().mean((1, 2, 3)).topk(8).indices
-    rows = cells(output / "refinement-000020.png", 7).view(8, 7, 16, 16, 3)
+    rows = cells(output / "refinement-000020.png", 6).view(8, 6, 16, 16, 3)
     for column, expected in ((0, low_res), (-2, super_res), (-1, high_res)):
         assert torch.equal(rows[:, column], expected[chosen])
     with Image.open(output / "refinement.gif") as animation:  # y_t after each step, beside x; again and again

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # before torch: it lets an Apple GPU leave to the CPU what it lacks
+import utils  # before torch: it lets the CPU do what an Apple GPU can't
 import torch
 
 from sr3 import SR3
