@@ -36,10 +36,10 @@ def main() -> None:
     columns = {"input": utils.upsample(low_res, config.image_size, "nearest-exact"), "bicubic x": context}
     for model in models:
         if isinstance(model, SR3):
-            name = f"loss × {model.config.loss_weight}"
+            name = f"weight {model.config.loss_weight}\n" if sum(isinstance(m, SR3) for m in models) > 1 else ""
             for seed in (0, 1):
                 samples = utils.super_resolve(model, context, model.config.sampling_steps, seed)
-                columns[f"{name}\nsample {seed + 1}"] = 2 * samples - 1
+                columns[f"{name}sample {seed + 1}"] = 2 * samples - 1
         else:
             columns["regression"] = 2 * utils.super_resolve(model, context, steps=1) - 1
     columns["truth y_0"] = high_res
