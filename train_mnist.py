@@ -180,7 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     if RANKS > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        print(f"all {step} steps are done; to judge them: python evaluate.py {checkpoint_path}")
+        data = "" if flags.data_dir == HERE / "data" else f" --data_dir {flags.data_dir}"
+        print(f"all {step} steps are done; to judge them: python evaluate.py {checkpoint_path}{data}")
 
 
 def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm, animation: bool = False) -> dict:
