@@ -63,9 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         given.labels = test_labels[chosen].to(device)
         given.classifier = metrics.train_classifier(images.to(device), labels.to(device))
         given.features = metrics.in_parts(given.classifier[:-1], test_images.to(device) / 255)
-        guesser = metrics.train_guesser(
-            to_unit(make_pair(images, config.low_res_size)[1]).to(device), labels.to(device)
-        )
+        small = to_unit(make_pair(images, config.low_res_size)[1])  # [N, C, h, w]
+        guesser = metrics.train_guesser(small.to(device), labels.to(device))
         given.guess = metrics.in_parts(guesser, given.low_res).softmax(dim=1)  # [N, classes]: p(class | x)
 
     noun = "digits" if config.dataset in ("mnist", "digits") else "images"

@@ -54,8 +54,8 @@ class SR3(nn.Module):
         ỹ is y_0 with noise ε of level γ, by equation (5). Why not f_θ = U? Equation (10) would divide the error of U by
         √γ, which is 1/150 at t = T. With the line above, f_θ is ε exactly when U is v = √γ ε - √(1 - γ) y_0, and (10)
         becomes ŷ_0 = √γ ỹ - √(1 - γ) U, which amplifies nothing. This is the v-prediction of Salimans and Ho (arXiv
-        2202.00512); the paper does not say how its f_θ is computed. The products are float32 even under autocast, since
-        bfloat16 rounds too coarsely to be divided by √γ.
+        2202.00512); in the paper, f_θ is the U-Net itself. The products are float32 even under autocast, since bfloat16
+        rounds too coarsely to be divided by √γ.
         """
         level = rearrange(gamma, "b -> b 1 1 1")
         return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t, gamma).float()

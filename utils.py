@@ -251,6 +251,10 @@ def load_state(part: nn.Module | torch.optim.Optimizer, state: dict, path: str |
     """`load_state_dict`, with an InputError where the state, which is from the checkpoint at `path`, doesn't fit."""
     try:
         part.load_state_dict(state)
+        if isinstance(part, torch.optim.Optimizer):  # whose load_state_dict takes moments of any shape, and none
+            for weight in part.param_groups[0]["params"]:
+                if not part.state[weight]["exp_avg"].shape == part.state[weight]["exp_avg_sq"].shape == weight.shape:
+                    raise ValueError("moments of another shape")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         if out_of_memory(error):
             raise
@@ -261,8 +265,8 @@ def load_checkpoint(path: str | Path, parts: tuple[str, ...] = ("config", "step"
     """What `save_checkpoint` wrote, on the CPU. Raises InputError for something else, or where a part is missing."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["config"].keys() != DEFAULTS.keys():
-            raise KeyError("a setting is missing, or unknown")
+        if checkpoint["config"].keys() != DEFAULTS.keys() or not isinstance(checkpoint["step"], int):
+            raise ValueError("a setting is missing or unknown, or the step is no number")
         return {name: checkpoint[name] for name in parts} | {"config": load_config(flags=checkpoint["config"])}
     except Exception as error:  # what a damaged file raises depends on where the damage is
         if isinstance(error, OSError) or out_of_memory(error):

@@ -40,7 +40,9 @@ def test_every_function_of_the_map_is_in_the_file_that_it_links_to():
 
 
 def test_it_is_short_and_every_exercise_has_a_command_a_time_and_a_folded_answer():
-    assert len(re.sub(r"```.*?```|^\|.*?$", "", TEXT, flags=re.DOTALL | re.MULTILINE).split()) <= 2400  # but code and tables
+    assert (
+        len(re.sub(r"```.*?```|^\|.*?$", "", TEXT, flags=re.DOTALL | re.MULTILINE).split()) <= 2400
+    )  # but code and tables
     assert 6 <= len(EXERCISES) <= 8
     for exercise in EXERCISES:
         assert "python " in exercise and re.search(r"\b(minutes?|seconds?)\b", exercise)

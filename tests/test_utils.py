@@ -1,6 +1,7 @@
 """utils.py: settings, the machine, data sets in their real file formats, bicubic resampling written out in float64."""
 
 import math
+import os
 import pickle
 import tomllib
 
@@ -255,3 +256,26 @@ def test_digits_are_of_all_kinds_look_like_ink_on_paper_and_have_one_shape_in_gr
     bright = colour.amax(1, keepdim=True) > 0.6 * 255
     assert bright[grey > 0.62 * 255].all() and not bright[grey < 0.38 * 255].any()
     assert (colour.float().mean((2, 3)).std(dim=1) > 1).float().mean() > 0.9  # and colours they are
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space"), KeyboardInterrupt()], ids=["full", "killed"])
+def test_a_file_is_the_new_one_or_where_that_fails_the_old_one(tmp_path, monkeypatch, function, error):
+    path = tmp_path / "file"
+    for content in (b"older", b"old"):
+        utils.write_atomically(path, content)
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == [content]
+    monkeypatch.setattr(os, function, raising(error))
+    with pytest.raises((OSError, KeyboardInterrupt)) as raised:
+        utils.write_atomically(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+    if raised.type is OSError:
+        assert raised.value.filename == str(path) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_log_has_six_digits_and_empty_cells_for_what_is_not_known(tmp_path):
+    rows = [{"step": 1, "loss": 0.123456789, "psnr": 20.0}, {"step": 1000000, "loss": 1e-7}]
+    utils.save_log(tmp_path / "log.csv", ["step", "loss", "psnr"], rows)
+    assert (tmp_path / "log.csv").read_text() == "step,loss,psnr\n1,0.123457,20\n1000000,1e-07,\n"
+    kept = utils.load_log(tmp_path / "log.csv", last_step=1)
+    assert kept == [{"step": "1", "loss": "0.123457", "psnr": "20"}]
