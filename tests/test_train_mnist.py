@@ -139,7 +139,7 @@ def test_the_pictures_show_64_test_digits_and_what_the_averaged_weights_make_of_
     error = ((drawn.double() - y_0.double()) / 2).square().mean((1, 2, 3))
     assert float(log_of(output)[-1]["psnr"]) == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3)
 
-    # Columns of the refinement: low resolution, ŷ_0 of each step but the last, super-resolution, high resolution: of the
+    # Columns of the refinement: low resolution, ŷ_0 of each step but the last, super-resolution, the truth: of the
     # eight digits that are farthest from their first ŷ_0.
     generator = torch.Generator().manual_seed(0)
     estimates = []
