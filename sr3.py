@@ -97,18 +97,19 @@ class SR3(nn.Module):
         `generator`, on the device of x, makes the result reproducible. Raises ValueError where `levels` does.
         """
         levels = self.levels(steps)
-        previous = y_t = torch.randn(context.shape, generator=generator, device=context.device)  # line 1: y_T ~ N(0, I)
+        y_t = torch.randn(context.shape, generator=generator, device=context.device)  # line 1: y_T ~ N(0, I)
+        previous = torch.zeros_like(y_t)  # ŷ_0 of the step before
         for gamma_t, gamma_s, share in zip(levels, levels[1:], extrapolation(levels)):  # line 2: from level t to s
             alpha_t = gamma_t / gamma_s  # the α_t of a process that has only these levels
             noise = self.predict_noise(context, y_t, context.new_full((len(context),), gamma_t))
             y_0_hat = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
-            # Not in the paper: the step goes to where ŷ_0 will be halfway, see `extrapolation`.
+            # Not in the paper: the step is computed for the ŷ_0 that is expected halfway to level s.
             y_0_halfway = y_0_hat + share * (y_0_hat - previous)
             previous = y_0_hat
             # Line 3: z ~ N(0, I), but no noise in the last step.
             z = torch.randn(context.shape, generator=generator, device=context.device) if gamma_s < 1 else 0
-            # Line 4, with the mean and the variance of equation (4), where the estimate stands for y_0. With ŷ_0
-            # itself, without the clamp, this mean is equation (11). The paper's variance is 1 - α_t; measured: (4)'s is
+            # Line 4, with the mean and the variance of equation (4), where the estimate stands for y_0. With the
+            # unclamped ŷ_0 of level t, this mean is equation (11). The paper's variance is 1 - α_t; measured: (4)'s is
             # much better in 25 steps.
             mean = (gamma_s**0.5 * (1 - alpha_t) * y_0_halfway + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
             variance = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)
@@ -123,13 +124,13 @@ class SR3(nn.Module):
 
 
 def extrapolation(levels: list[float]) -> list[float]:
-    """For each step of an inference, the share of ŷ_0's last change that it will change by until halfway: [steps].
+    """How far ŷ_0 changes in the first half of each step, as a share of its change in the step before: [steps].
 
-    Algorithm 2 takes a step as if ŷ_0 stayed as it is, but with less noise it would become sharper. In large steps that
-    makes samples too much alike. If ŷ_0 goes on changing as in the step before, in proportion to the change in the
-    logarithm of the signal-to-noise ratio γ / (1 - γ), then a step that is made for the ŷ_0 halfway is right to second
-    order: DPM-Solver++ (Lu et al., arXiv 2211.01095). Nothing is extrapolated in the first step, which has no step
-    before it, and in the last, whose ratio is infinite. Measured: 25 steps are better so than 100 without.
+    Algorithm 2 takes a step as if ŷ_0 stayed what it is, but it changes on the way; in large steps that makes samples
+    too much alike. Here it goes on changing as in the step before, in proportion to the logarithm of the
+    signal-to-noise ratio γ / (1 - γ), as in DPM-Solver++ (Lu et al., arXiv 2211.01095), whose second-order multistep
+    update this is. The share is 0 in the first step, which has none before it, and in the last, which ends without
+    noise. Measured: 25 steps then fool the judge of `metrics.fool_rate` more often than 100 without.
     """
     widths = torch.tensor(levels, dtype=torch.float64).logit().diff()  # [steps]; logit(γ) = log(γ / (1 - γ))
     return [0.0, *(0.5 * widths[1:-1] / widths[:-2]).tolist(), 0.0][: len(widths)]
