@@ -4,8 +4,8 @@
     python sample.py output/reference/8x/sr3.pt --num_samples 8 --seed 1
 
 Each picture is cropped to a square and shrunk to the low resolution that the model was trained for, unless it has that
-size already. Without a picture, eight digits are drawn. All that the model sees, and what it makes of it, becomes one
-picture, a row for each input: the input, its bicubic enlargement, the samples, and the original.
+size already. Without a picture, eight digits are drawn. The result is one picture with a row for each input: the input,
+its bicubic enlargement, the samples, and the original.
 """
 
 import argparse
@@ -16,8 +16,6 @@ from types import SimpleNamespace
 
 import utils  # before torch: it lets the CPU do what an Apple GPU can't
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
@@ -42,10 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(flags.output)
     if output.suffix.lower() != ".png":
         raise InputError(f"--output is {output}: its name must end in .png")
-    started = time.perf_counter()
-    model = utils.load_model(flags.checkpoint, utils.choose_device(flags.device))
-    given = {"sampling_steps": flags.sampling_steps, "seed": flags.seed}
-    config = utils.load_config(flags=given, base=vars(model.config))
+    started, device = time.perf_counter(), utils.choose_device(flags.device)
+    model = utils.load_model(flags.checkpoint, device)
+    config = utils.load_config(flags=vars(flags), base=vars(model.config))
 
     if flags.pictures:
         images = [read_square(path, config, flags.invert) for path in flags.pictures]
@@ -56,18 +53,16 @@ def main(arguments: list[str] | None = None) -> None:
     context = upsample(low_res, config.image_size)  # [N, C, H, W]
 
     number = flags.num_samples if config.method == "sr3" else 1  # a regression has one answer
-    x = context.repeat_interleave(number, dim=0).to(next(model.parameters()).device)
-    samples = utils.super_resolve(model, x, config.sampling_steps, config.seed).cpu()
-    samples = rearrange(samples, "(n k) c h w -> k n c h w", k=number)
+    x = context.repeat_interleave(number, dim=0).to(device)
+    samples = utils.super_resolve(model, x, config.sampling_steps, config.seed).cpu().unflatten(0, (-1, number))
     columns = {"input": to_unit(upsample(low_res, config.image_size, "nearest-exact")), "bicubic": to_unit(context)}
-    columns |= {f"sample {i + 1}" if config.method == "sr3" else "regression": samples[i] for i in range(number)}
-    if any(image.shape[-1] > config.low_res_size for image in images):
-        shape = (config.image_size, config.image_size)
-        originals = [F.interpolate(image, shape, mode="bicubic", antialias=True) for image in images]
-        for i, image in enumerate(images):
-            if image.shape[-1] == config.low_res_size:
-                originals[i] = torch.zeros(1, *context.shape[1:])  # grey: an input without an original
-        columns["original"] = to_unit(torch.cat(originals))
+    for i in range(number):
+        columns[f"sample {i + 1}" if config.method == "sr3" else "regression"] = samples[:, i]  # [N, C, H, W]
+    originals = torch.cat([downsample(image, config.image_size) for image in images])
+    has_original = torch.tensor([image.shape[-1] > config.low_res_size for image in images])
+    originals[~has_original] = 0  # grey
+    if has_original.any():
+        columns["original"] = to_unit(originals)
 
     grid = torch.stack(list(columns.values()), dim=1).flatten(0, 1)  # a row for each input
     scale = max(1, 100 // config.image_size)
@@ -83,10 +78,9 @@ def read_square(path: str, config: SimpleNamespace, invert: bool) -> Tensor:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} can't be read as a picture ({reason}); give another") from None
     image = TF.pil_to_tensor(TF.center_crop(picture, min(picture.size)))[None]
-    if image.shape[-1] < config.low_res_size:
-        sizes = (
-            f"{picture.width}×{picture.height} pixels, the model's input {config.low_res_size}×{config.low_res_size}"
-        )
+    size = config.low_res_size
+    if image.shape[-1] < size:
+        sizes = f"{picture.width}×{picture.height} pixels, the model's input {size}×{size}"
         raise InputError(f"{path} has {sizes}; give a larger one")
     image = 255 - image if invert else image
     if config.dataset in ("mnist", "fashion_mnist") and image.float().mean() > 127:
