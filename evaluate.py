@@ -3,8 +3,8 @@
     python evaluate.py output/reference/8x/sr3.pt output/reference/8x/regression.pt --output_dir output/8x
     python evaluate.py output/checkpoint.pt --num_images 200 --sampling_steps 100
 
-Takes checkpoints of one data set, of SR3 and of the regression, in any order. Prints a table, writes it with standard
-errors to results.md in --output_dir, and beside it comparison.png: samples for eight images, from ambiguous to clear.
+Takes checkpoints of SR3 and of the regression, of one data set, in any order. Prints a table, and writes to --output_dir
+results.md, the table with standard errors, and comparison.png, samples for eight images from ambiguous to clear.
 """
 
 import argparse
@@ -15,22 +15,21 @@ from types import SimpleNamespace
 
 import utils  # before torch: it lets the CPU do what an Apple GPU can't
 import torch
-from einops import rearrange
 from torch import Tensor
 
 import metrics
 from sr3 import SR3, Regression
 from utils import HERE, InputError, fail, in_8_bits, make_pair, super_resolve, to_unit, upsample
 
-COLUMNS = {  # heading, factor, digits after the point, unit
-    "psnr": ("PSNR ↑", 1, 1, ""),
-    "ssim": ("SSIM ↑", 1, 3, ""),
-    "consistency": ("consistency ↓", 1, 1, ""),
-    "color_shift": ("colour shift ↓", 1, 1, ""),
-    "accuracy": ("accuracy", 100, 1, "%"),
-    "frechet": ("Fréchet distance ↓", 1, 2, ""),
-    "fool_rate": ("fool rate → 50%", 100, 1, "%"),
-    "spread": ("spread / error → 1", 1, 2, ""),
+COLUMNS = {  # heading and format
+    "psnr": ("PSNR ↑", ".1f"),
+    "ssim": ("SSIM ↑", ".3f"),
+    "consistency": ("consistency ↓", ".1f"),
+    "color_shift": ("colour shift ↓", ".1f"),
+    "accuracy": ("accuracy", ".1%"),
+    "frechet": ("Fréchet distance ↓", ".2f"),
+    "fool_rate": ("fool rate → 50%", ".1%"),
+    "spread": ("spread / error → 1", ".2f"),
 }
 Score = tuple[float, float]  # a mean and its standard error
 
@@ -55,23 +54,21 @@ def main(arguments: list[str] | None = None) -> None:
     (images, labels), (test_images, test_labels) = utils.load_data(config, flags.data_dir, leave_out=output_dir)
     chosen = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(0))[: flags.num_images]
     high_res, low_res, context = make_pair(test_images[chosen].to(device), config.low_res_size)
-    given = SimpleNamespace(truth=to_unit(high_res), low_res=to_unit(low_res), context=to_unit(context))
+    given = SimpleNamespace(truth=to_unit(high_res), low_res=to_unit(low_res), context=context, guess=None)
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    given.classifier = given.guess = None
-    if labels is not None:  # networks that judge have something to learn
+    if labels is not None:  # the networks that judge have something to learn
         given.labels = test_labels[chosen].to(device)
         given.classifier = metrics.train_classifier(images.to(device), labels.to(device))
         given.features = metrics.in_parts(given.classifier[:-1], test_images.to(device) / 255)
-        small = to_unit(make_pair(images, config.low_res_size)[1])  # [N, C, h, w]
-        guesser = metrics.train_guesser(small.to(device), labels.to(device))
+        small = to_unit(make_pair(images, config.low_res_size)[1]).to(device)  # [N, C, h, w]
+        guesser = metrics.train_guesser(small, labels.to(device))
         given.guess = metrics.in_parts(guesser, given.low_res).softmax(dim=1)  # [N, classes]: p(class | x)
 
     noun = "digits" if config.dataset in ("mnist", "digits") else "images"
-    rows = {f"real {noun}": score(given.truth, given), "bicubic": score(in_8_bits(given.context), given)}
+    rows = {f"real {noun}": score(given.truth, given), "bicubic": score(in_8_bits(to_unit(context)), given)}
     for name, model in models.items():
-        steps = model.config.sampling_steps
-        first, second = (super_resolve(model, context, steps, seed) for seed in (0, 1))
+        first, second = (super_resolve(model, context, model.config.sampling_steps, seed) for seed in (0, 1))
         rows[name] = score(first, given, again=second)
     rows["a perfect sampler"] = perfect_sampler(given, rows)
 
@@ -79,46 +76,45 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = f"{config.low_res_size}×{config.low_res_size} → {config.image_size}×{config.image_size}"
     note = f"\n{len(chosen):,} test images of {config.dataset}, {sizes}. {trained}.\n"
     utils.write_atomically(output_dir / "results.md", (format_table(rows, with_errors=True) + note).encode())
-    save_comparison(output_dir / "comparison.png", models, test_images[chosen], given.guess)
+    if "SR3" in models:
+        save_comparison(output_dir / "comparison.png", models, given)
     print(format_table(rows) + note, end="")
 
 
 def load_models(paths: list[str], device: torch.device, steps: int | None) -> dict[str, SR3 | Regression]:
     """The models by the names of their rows, regressions first. Raises InputError where they are of different data."""
-    models = {}
+    models, wanted = {}, None
     for path in paths:
-        model = utils.load_model(path, device)
-        name = "SR3" if isinstance(model, SR3) else "regression"
-        name = f"{name} ({path})" if name in models else name
         if paths.count(path) > 1:
             raise InputError(f"{path} is given twice; give each checkpoint once")
-        models[name] = model
+        model = utils.load_model(path, device)
         model.config = utils.load_config(flags={"sampling_steps": steps}, base=vars(model.config))
-        for setting in ("dataset", "image_size", "low_res_size", "channels"):
-            found, first = (getattr(m.config, setting) for m in (model, next(iter(models.values()))))
-            if found != first:
-                raise InputError(
-                    f"{setting} is {found} in {path}, {first} in {paths[0]}: give checkpoints of one data set"
-                )
+        data = {name: getattr(model.config, name) for name in ("dataset", "image_size", "low_res_size", "channels")}
+        wanted = wanted or data
+        for name, value in data.items():
+            if value != wanted[name]:
+                values = f"{name} is {value} in {path}, {wanted[name]} in {paths[0]}"
+                raise InputError(f"{values}: give checkpoints of one data set")
+        name = "SR3" if isinstance(model, SR3) else "regression"
+        models[f"{name} ({path})" if name in models else name] = model
     return dict(sorted(models.items(), key=lambda item: isinstance(item[1], SR3)))
 
 
 def score(images: Tensor, given: SimpleNamespace, again: Tensor | None = None) -> dict[str, Score]:
     """All metrics of images [N, C, H, W] in [0, 1] that can be had; `again` are other samples for the same x."""
-    ssim = [metrics.ssim(*parts) for parts in zip(images.split(100), given.truth.split(100))]
     scores = {
         "psnr": mean_of(metrics.psnr(images, given.truth)),
-        "ssim": mean_of(torch.cat(ssim)),
+        "ssim": mean_of(metrics.in_parts(metrics.ssim, images, given.truth)),
         "consistency": mean_of(metrics.consistency(images, given.low_res)),
     }
     if images.shape[1] == 3:
         scores["color_shift"] = mean_of(metrics.color_shift(images, given.truth))
-    if given.classifier:
+    if given.guess is not None:
         scores["accuracy"] = mean_of(metrics.accuracy(images, given.labels, given.classifier))
         features = metrics.in_parts(given.classifier[:-1], images)
         scores["frechet"] = jackknife(lambda i: metrics.frechet_distance(features[i], given.features), len(images))
     if len(images) >= 50:  # fewer teach the judge nothing
-        scores["fool_rate"] = mean_of(metrics.fool_rate(images, given.truth, given.context))
+        scores["fool_rate"] = mean_of(metrics.fool_rate(images, given.truth, to_unit(given.context)))
     if again is not None:
         spread, error = (metrics.squared_difference(images, others) for others in (again, given.truth))
         scores["spread"] = jackknife(lambda i: (spread[i].mean() / error[i].mean()).item(), len(images))
@@ -137,7 +133,7 @@ def perfect_sampler(given: SimpleNamespace, rows: dict[str, dict[str, Score]]) -
     if regressions:
         best, error = max(regressions)
         scores["psnr"] = (best - 10 * math.log10(2), error)
-    if given.classifier:
+    if given.guess is not None:
         scores["accuracy"] = mean_of(given.guess.gather(1, given.labels[:, None])[:, 0])
         scores["frechet"] = next(iter(rows.values()))["frechet"]
     return scores
@@ -158,43 +154,42 @@ def jackknife(statistic: Callable[[Tensor], float], number: int) -> Score:
 
 def format_table(rows: dict[str, dict[str, Score]], with_errors: bool = False) -> str:
     """The table in Markdown; "–" stands for what there is not, or what is infinite."""
-    shown = {name: form for name, form in COLUMNS.items() if name != "color_shift" or name in next(iter(rows.values()))}
-    lines = [["", *(heading for heading, *_ in shown.values())], ["---"] * (1 + len(shown))]
+    colored = any("color_shift" in scores for scores in rows.values())
+    shown = {name: column for name, column in COLUMNS.items() if colored or name != "color_shift"}
+    lines = [["", *(heading for heading, _ in shown.values())], ["---"] * (1 + len(shown))]
     for name, scores in rows.items():
         cells = []
-        for column, (_, factor, digits, unit) in shown.items():
+        for column, (_, form) in shown.items():
             mean, error = scores.get(column, (math.nan, math.nan))
-            cell = f"{factor * mean:.{digits}f}{unit}" if math.isfinite(mean) else "–"
-            known = with_errors and math.isfinite(mean) and math.isfinite(error)
-            cells.append(f"{cell} ± {factor * error:.{digits}f}" if known else cell)
+            cell = f"{mean:{form}}" if math.isfinite(mean) else "–"
+            if with_errors and math.isfinite(error):
+                cell += f" ± {error:{form}}".removesuffix("%")
+            cells.append(cell)
         lines.append([name, *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def save_comparison(path: Path, models: dict[str, SR3 | Regression], images: Tensor, guess: Tensor | None) -> None:
+def save_comparison(path: Path, models: dict[str, SR3 | Regression], given: SimpleNamespace) -> None:
     """The input, the regression's answer, the mean of eight samples, four of them, and the truth; a row for each image.
 
-    Of the images, uint8 [N, C, H, W], these are eight from ambiguous to clear: evenly spaced in the entropy of `guess`,
-    [N, classes], what a network says that sees x alone. Without it they are the first eight.
+    The images are eight from ambiguous to clear: evenly spaced in the entropy of `given.guess`, [N, classes], what a
+    network says that sees x alone. Without it they are the first eight.
     """
-    if "SR3" not in models:
-        return
-    chosen = list(range(min(8, len(images))))
-    if guess is not None:
-        entropy = torch.special.entr(guess).sum(dim=1).cpu()  # [N]
+    chosen = list(range(min(8, len(given.truth))))
+    if given.guess is not None:
+        entropy = torch.special.entr(given.guess).sum(dim=1).cpu()  # [N]
         for i, target in enumerate(torch.linspace(entropy.max(), entropy.min(), len(chosen))):
             distance = (entropy - target).abs()
             distance[chosen[:i]] = torch.inf  # none comes twice
             chosen[i] = distance.argmin().item()
-    model = models["SR3"]
-    high_res, low_res, context = make_pair(images[chosen].to(model.gammas.device), model.config.low_res_size)
+    model, truth, context = models["SR3"], given.truth[chosen], given.context[chosen]
     samples = super_resolve(model, context.repeat_interleave(8, dim=0), model.config.sampling_steps)
-    samples = rearrange(samples, "(b k) c h w -> k b c h w", k=8)
-    columns = {"input": to_unit(upsample(low_res, images.shape[-1], "nearest-exact"))}
+    samples = samples.unflatten(0, (-1, 8)).transpose(0, 1)  # [8, B, C, H, W]
+    columns = {"input": upsample(given.low_res[chosen], truth.shape[-1], "nearest-exact")}
     if "regression" in models:
         columns["regression"] = super_resolve(models["regression"], context, steps=1)
     columns |= {"mean of 8 samples": samples.mean(dim=0)} | {f"sample {i + 1}": samples[i] for i in range(4)}
-    columns["truth"] = to_unit(high_res)
+    columns["truth"] = truth
     grid = torch.stack(list(columns.values()), dim=1).flatten(0, 1)  # a row for each image
     utils.save_grid(path, grid, len(columns), model.config.dataset, scale=3, labels=list(columns))
 

@@ -41,7 +41,7 @@ def judged(few_digits, tmp_path_factory):
     for method in ("sr3", "regression"):
         run(write_tiny_config(it.folder / "tiny.toml", method=method, channels=3), it.folder / method)
     it.paths = it.folder / "sr3/weights.pt", it.folder / "regression/checkpoint.pt"
-    columns = {key: (heading, factor, 6, unit) for key, (heading, factor, _, unit) in evaluate.COLUMNS.items()}
+    columns = {key: (heading, f".6{form[-1]}") for key, (heading, form) in evaluate.COLUMNS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["export_weights.py", str(it.folder / "sr3/checkpoint.pt"), str(it.paths[0])])
         runpy.run_path(str(ROOT / "tools/export_weights.py"), run_name="__main__")
