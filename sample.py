@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         columns[f"sample {i + 1}" if config.method == "sr3" else "regression"] = samples[:, i]  # [N, C, H, W]
     originals = torch.cat([downsample(image, config.image_size) for image in images])
     has_original = torch.tensor([image.shape[-1] > config.low_res_size for image in images])
-    originals[~has_original] = 0  # grey
+    originals[~has_original] = 0  # grey: an input without an original
     if has_original.any():
         columns["original"] = to_unit(originals)
 
