@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(flags.output)
     if output.suffix.lower() != ".png":
         raise InputError(f"--output is {output}: its name must end in .png")
-    started, device = time.perf_counter(), utils.choose_device(flags.device)
+    started = time.perf_counter()
+    device = utils.choose_device(flags.device)
     model = utils.load_model(flags.checkpoint, device)
     config = utils.load_config(flags=vars(flags), base=vars(model.config))
 
