@@ -19,7 +19,7 @@ from torch import Tensor
 
 import metrics
 from sr3 import SR3, Regression
-from utils import HERE, InputError, fail, in_8_bits, make_pair, super_resolve, to_unit, upsample
+from utils import HERE, InputError, fail, make_pair, super_resolve, to_unit, upsample
 
 COLUMNS = {  # heading and format
     "psnr": ("PSNR ↑", ".1f"),
@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
         given.guess = metrics.in_parts(guesser, given.low_res).softmax(dim=1)  # [N, classes]: p(class | x)
 
     noun = "digits" if config.dataset in ("mnist", "digits") else "images"
-    rows = {f"real {noun}": score(given.truth, given), "bicubic": score(in_8_bits(to_unit(context)), given)}
+    bicubic = (255 * to_unit(context)).round() / 255
+    rows = {f"real {noun}": score(given.truth, given), "bicubic": score(bicubic, given)}
     for name, model in models.items():
         first, second = (super_resolve(model, context, model.config.sampling_steps, seed) for seed in (0, 1))
         rows[name] = score(first, given, again=second)
@@ -190,8 +191,7 @@ def save_comparison(path: Path, models: dict[str, SR3 | Regression], given: Simp
         columns["regression"] = super_resolve(models["regression"], context, steps=1)
     columns |= {"mean of 8 samples": samples.mean(dim=0)} | {f"sample {i + 1}": samples[i] for i in range(4)}
     columns["truth"] = truth
-    grid = torch.stack(list(columns.values()), dim=1).flatten(0, 1)  # a row for each image
-    utils.save_grid(path, grid, len(columns), model.config.dataset, scale=3, labels=list(columns))
+    utils.save_columns(path, columns, model.config.dataset, scale=3)
 
 
 if __name__ == "__main__":

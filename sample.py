@@ -64,10 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     originals[~has_original] = 0  # grey: an input without an original
     if has_original.any():
         columns["original"] = to_unit(originals)
-
-    grid = torch.stack(list(columns.values()), dim=1).flatten(0, 1)  # a row for each input
-    scale = max(1, 100 // config.image_size)
-    utils.save_grid(output, grid, len(columns), f"seed {config.seed}", scale=scale, labels=list(columns))
+    utils.save_columns(output, columns, f"seed {config.seed}", scale=max(1, 100 // config.image_size))
     print(f"{output}: {len(images)} × {number} samples, seed {config.seed}, {time.perf_counter() - started:.0f} s")
 
 

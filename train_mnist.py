@@ -212,17 +212,16 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
     estimates = {i: torch.cat(parts) for i, parts in estimates.items()}
     change = (estimates[1] - super_res).square().mean(dim=(1, 2, 3))
     rows = change.argsort(descending=True, stable=True)[:8]
-    labels, columns = ["input"], [pixels[rows]]
+    columns = {"input": pixels}
     if config.method == "sr3":  # a regression has no steps to show
         levels = model.levels(steps)
-        labels += [f"gamma\n{levels[i - 1]:.2g}" for i in estimates]
-        columns += [estimate[rows] for estimate in estimates.values()]
-    labels, columns = [*labels, "result", "truth"], [*columns, super_res[rows], high_res[rows]]
-    grids = {"hr": (high_res, 8, None), "lr": (pixels, 8, None), "sr": (super_res, 8, None)}
-    grids["refinement"] = (torch.stack(columns, dim=1).flatten(0, 1), len(columns), labels)  # a row for each image
-    for name, (grid, width, labels) in grids.items():
-        path = output_dir / f"{name}-{step:06d}.png"
-        utils.save_grid(path, to_unit(grid), width, f"{config.dataset}, step {step}", labels=labels)
+        columns |= {f"gamma\n{levels[i - 1]:.2g}": estimate for i, estimate in estimates.items()}
+    columns |= {"result": super_res, "truth": high_res}
+    description = f"{config.dataset}, step {step}"
+    for name, grid in (("hr", high_res), ("lr", pixels), ("sr", super_res)):
+        utils.save_grid(output_dir / f"{name}-{step:06d}.png", to_unit(grid), 8, description)
+    columns = {label: to_unit(column[rows]) for label, column in columns.items()}
+    utils.save_columns(output_dir / f"refinement-{step:06d}.png", columns, description)
     if animation:
         pairs = [torch.stack([pixels[:20], torch.cat(states[i])], dim=1).flatten(0, 1) for i in sorted(states)]
         frames = [utils.picture_of(to_unit(pair), 10, labels=["input", "y_t"] * 5) for pair in pairs]

@@ -22,7 +22,6 @@ from urllib.error import URLError
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: what an Apple GPU lacks, its CPU does
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,9 +29,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as TF
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from sr3 import SR3, Regression
@@ -40,8 +37,7 @@ from unet import UNet
 
 HERE = Path(__file__).resolve().parent
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How a script starts and ends
+# How a script starts and ends -----------------------------------------------------------------------------------------
 
 
 class InputError(Exception):
@@ -79,7 +75,8 @@ def errors_in_one_line(if_too_large: str = "give fewer images"):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(f"{error.filename or 'standard output'}: {error.strerror or error}; mend that, or give another path")
     except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
+        words = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # the last is cuDNN's
+        if isinstance(error, MemoryError) or any(word in str(error) for word in words):
             fail(f"out of memory; {if_too_large} ({str(error)[:100] or type(error).__name__})")
         if RANK == 0:
             raise
@@ -90,34 +87,22 @@ def errors_in_one_line(if_too_large: str = "give fewer images"):
         fail("stopped", status=130)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Each device has its own words for it, most of them in a RuntimeError; "ALLOC_FAILED" is cuDNN's and cuBLAS's."""
-    words = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
 def catch_signals() -> list[int]:
-    """A list that collects Ctrl-C and SIGTERM, so that the step can finish; a second one ends the script.
-
-    With several ranks the first one does: they would not all stop after the same step.
-    """
+    """A list that collects Ctrl-C and SIGTERM, so that the step can finish; a second one ends the script."""
     received = []
 
     def receive(number: int, _) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM) if RANKS == 1 else ():
+    for number in (signal.SIGINT, signal.SIGTERM) if RANKS == 1 else ():  # ranks would stop after different steps
         with suppress(ValueError):  # raised outside the main thread, which signals don't reach
             AT_END.callback(signal.signal, number, signal.signal(number, receive))
     return received
 
 
 def read_ranks() -> tuple[int, int, int]:
-    """Rank, local rank and number of ranks, which torchrun puts into the environment; without it 0, 0, 1.
-
-    Raises InputError where these variables are incomplete or don't go together.
-    """
+    """Rank, local rank and number of ranks, as torchrun tells; without it 0, 0, 1. Fails where they don't agree."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ.get(name, "") for name in names}
     if given["WORLD_SIZE"] in ("", "1") and given["RANK"] in ("", "0"):
@@ -127,40 +112,22 @@ def read_ranks() -> tuple[int, int, int]:
         if 0 <= local_rank <= rank < ranks and given["MASTER_ADDR"] and given["MASTER_PORT"]:
             return rank, local_rank, ranks
     values = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    raise InputError(f"the environment has {values}: start several ranks with torchrun, or unset these variables")
+    fail(f"the environment has {values}: start several ranks with torchrun, or unset these variables")
 
 
-try:
-    RANK, LOCAL_RANK, RANKS = read_ranks()
-except InputError as error:
-    fail(error)
+RANK, LOCAL_RANK, RANKS = read_ranks()
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: those of configs/mnist.toml, where each is explained
 
-CHOICES = {
-    "method": ("sr3", "regression"),
-    "dataset": ("mnist", "fashion_mnist", "cifar10", "folder", "digits"),
-    "loss_weight": ("1/gamma", "1"),
-    "precision": ("auto", "float32", "bfloat16"),
-}
-LIMITS = {  # the least and the greatest number, also of those in a list; where nothing is said, 1 and a million
+# Settings: those of configs/mnist.toml, where each is explained -------------------------------------------------------
+
+VALUES = {  # words to choose from, or the least and the greatest number, also of a list; elsewhere 1 and a billion
+    "method": ("sr3", "regression"), "dataset": ("mnist", "fashion_mnist", "cifar10", "folder", "digits"),
+    "loss_weight": ("1/gamma", "1"), "precision": ("auto", "float32", "bfloat16"),
     "image_size": (16, 1024), "features": (8, 1024), "channel_multipliers": (1, 64), "dropout": (0, 0.9),
-    "num_timesteps": (1, 100_000), "beta_start": (1e-7, 0.999), "beta_end": (1e-7, 0.999),
-    "num_training_steps": (1, 10**9), "learning_rate": (1e-9, 1), "warmup_steps": (0, 10**9),
-    "max_grad_norm": (1e-6, 1e6), "sample_every": (1, 10**9), "early_samples": (1, 10**9), "seed": (0, 2**31 - 1),
+    "num_timesteps": (1, 100_000), "beta_start": (1e-7, 0.999), "beta_end": (1e-7, 0.999), "batch_size": (1, 10**6),
+    "learning_rate": (1e-9, 1), "warmup_steps": (0, 10**9), "max_grad_norm": (1e-6, 1e6), "seed": (0, 2**31 - 1),
 }  # fmt: skip
-
-
-def read_toml(path: str | Path) -> dict:
-    """The lines of a config file. Raises InputError where it is no TOML."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"{path} is not valid TOML: {error}") from None
-
-
-DEFAULTS = read_toml(HERE / "configs/mnist.toml")
+DEFAULTS = tomllib.loads((HERE / "configs/mnist.toml").read_text(encoding="utf-8-sig"))
 
 
 def load_config(path: str | Path | None = None, flags: dict | None = None, base: dict | None = None) -> SimpleNamespace:
@@ -169,12 +136,16 @@ def load_config(path: str | Path | None = None, flags: dict | None = None, base:
     Flags that are None, or no settings, count as not given. Raises InputError for a file that is no TOML, an unknown
     setting, a value that is of another type than its default or out of range, and sizes that don't go together.
     """
-    lines = read_toml(path) if path else {}
+    config, lines = SimpleNamespace(**(base or DEFAULTS)), {}
+    try:
+        if path:
+            lines = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError(f"{path} is not valid TOML: {error}") from None
     flags = {name: value for name, value in (flags or {}).items() if name in DEFAULTS and value is not None}
-    config = {}
     for source, values in ((f"{path}: ", lines), ("--", flags)):
-        config |= {name: check_setting(name, value, source) for name, value in values.items()}
-    config = SimpleNamespace(**(base or DEFAULTS) | config)
+        for name, value in values.items():
+            setattr(config, name, check_setting(name, value, source))
     if config.low_res_size >= config.image_size:
         raise InputError(f"low_res_size is {config.low_res_size}: it must be less than image_size, {config.image_size}")
     if config.sampling_steps > config.num_timesteps:
@@ -187,23 +158,21 @@ def check_setting(name: str, value: object, source: str) -> object:
     """The value, as a float where the default is one. InputError where it can't be; `source` opens the line."""
     if name not in DEFAULTS:
         raise InputError(f"{source}{name} is not a setting; the settings are {', '.join(DEFAULTS)}")
-    default = DEFAULTS[name]
+    default, values = DEFAULTS[name], VALUES.get(name, (1, 10**9))
     if isinstance(default, str):
-        valid, wanted = value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
+        valid, wanted = value in values, f"one of {', '.join(values)}"
     else:
-        low, high = LIMITS.get(name, (1, 10**6))
         kinds, word = ((int, float), "number") if isinstance(default, float) else ((int,), "whole number")
-        several = isinstance(default, list)
-        numbers = value if several else [value]
+        low, high = values
+        numbers = value if isinstance(default, list) else [value]
         valid = isinstance(numbers, list) and all(type(n) in kinds and low <= n <= high for n in numbers)
-        wanted = f"{'a list, each a' if several else 'a'} {word} from {low:,} to {high:,}"
+        wanted = "a list, each " * isinstance(default, list) + f"a {word} from {low:,} to {high:,}"
     if not valid:
         raise InputError(f"{source}{name} is {value!r}: it must be {wanted}")
-    return float(value) if isinstance(default, float) else value
+    return type(default)(value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
+# Models ---------------------------------------------------------------------------------------------------------------
 
 
 def build_model(config: SimpleNamespace) -> SR3 | Regression:
@@ -220,10 +189,7 @@ def build_model(config: SimpleNamespace) -> SR3 | Regression:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Regression:
-    """A trained model with the averaged weights, ready to `sample`, from a checkpoint or from shipped weights.
-
-    It has its `config` and its `step`, the number of training steps. Raises InputError for what is no checkpoint.
-    """
+    """A checkpoint's model, its averaged weights, with its `config` and `step`. Raises InputError for anything else."""
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint["config"])
     model.config, model.step = checkpoint["config"], checkpoint["step"]
@@ -234,49 +200,38 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Re
 def super_resolve(model: SR3 | Regression, context: Tensor, steps: int, seed: int = 0) -> Tensor:
     """Samples for x, [N, C, H, W] in [-1, 1], 64 at a time; in [0, 1], rounded to 8 bits as a picture file has them."""
     device = context.device
-    generator, images = torch.Generator(device).manual_seed(seed), []
+    generator = torch.Generator(device).manual_seed(seed)
     precision = choose_precision("auto", device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        for part in tqdm(context.split(64), desc="drawing", unit="batch", dynamic_ncols=True, leave=False):
-            images.append(model.sample(part, steps, generator))
-    return in_8_bits(to_unit(torch.cat(images)))
-
-
-def in_8_bits(images: Tensor) -> Tensor:
-    """Images in [0, 1], rounded to what a picture file can hold."""
-    return (255 * images).round() / 255
+        parts = tqdm(context.split(64), desc="drawing", unit="batch", dynamic_ncols=True, leave=False)
+        images = torch.cat([model.sample(part, steps, generator) for part in parts])
+    return (255 * to_unit(images)).round() / 255
 
 
 def load_state(part: nn.Module | torch.optim.Optimizer, state: dict, path: str | Path) -> None:
     """`load_state_dict`, with an InputError where the state, which is from the checkpoint at `path`, doesn't fit."""
     try:
         part.load_state_dict(state)
-        if isinstance(part, torch.optim.Optimizer):  # whose load_state_dict takes moments of any shape, and none
-            for weight in part.param_groups[0]["params"]:
-                if not part.state[weight]["exp_avg"].shape == part.state[weight]["exp_avg_sq"].shape == weight.shape:
-                    raise ValueError("moments of another shape")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if out_of_memory(error):
-            raise
-        raise InputError(f"{path} is of another version of this lesson, or damaged: its state doesn't fit") from None
+        reason = f"its state doesn't fit ({type(error).__name__}: {str(error)[:100]})"
+        raise InputError(f"{path} is of another version of this lesson, or damaged: {reason}; give another") from None
 
 
 def load_checkpoint(path: str | Path, parts: tuple[str, ...] = ("config", "step", "ema")) -> dict:
     """What `save_checkpoint` wrote, on the CPU. Raises InputError for something else, or where a part is missing."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["config"].keys() != DEFAULTS.keys() or not isinstance(checkpoint["step"], int):
-            raise ValueError("a setting is missing or unknown, or the step is no number")
+        if checkpoint["config"].keys() != DEFAULTS.keys():
+            raise ValueError("a setting is missing or unknown")
         return {name: checkpoint[name] for name in parts} | {"config": load_config(flags=checkpoint["config"])}
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        if isinstance(error, OSError) or out_of_memory(error):
-            raise
         reason = f"it is something else, cut off, or lacks one of {', '.join(parts)} ({type(error).__name__})"
         raise InputError(f"{path} is no checkpoint of this lesson: {reason}; give another") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The machine
+# The machine ----------------------------------------------------------------------------------------------------------
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -294,8 +249,7 @@ def choose_device(name: str | None = None) -> torch.device:
             raise InputError(f"there are more ranks than GPUs, {gpus}; give --nproc_per_node={gpus}, or --device cpu")
         name = f"cuda:{LOCAL_RANK}"
         torch.cuda.set_device(name)
-    candidates = [name] if name else [kind for kind in there if there[kind]]
-    for candidate in candidates:
+    for candidate in [name] if name else [kind for kind in there if there[kind]]:
         try:
             torch.ones(1, device=candidate).sum().item()  # fails on a GPU that is too old for this PyTorch
             return torch.zeros(1, device=candidate).device
@@ -333,81 +287,57 @@ def compile_networks(networks: list[nn.Module], device: torch.device) -> None:
         network.compile(dynamic=False)  # batches keep their sizes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data sets: each becomes uint8 [N, C, S, S], small enough to lie in the device's memory as a whole
+# Data sets: each becomes uint8 [N, C, S, S], small enough to lie in the device's memory as a whole --------------------
 
 
 class DatasetUnavailable(InputError):
     """A data set is neither on disk nor downloadable."""
 
 
-Images = tuple[Tensor, Tensor | None]  # uint8 [N, channels, image_size, image_size] in 0…255; labels, int64 [N] from 0
-
-
 def load_data(
     config: SimpleNamespace, data_dir: str | Path, or_digits: bool = False, leave_out: Path | None = None
-) -> list[Images]:
-    """The training set and the test set.
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The training set and the test set: uint8 [N, channels, image_size, image_size] in 0…255 and labels, int64 [N].
 
-    "mnist", "fashion_mnist" and "cifar10" are read from `data_dir`, downloaded into it first where they are missing;
-    "folder" is all pictures below `data_dir` but those in `leave_out`, every tenth of them for testing, without labels;
-    "digits" are drawn. Where MNIST can't be had and `or_digits` is set, digits take its place: `config.dataset` then
-    says so. Raises DatasetUnavailable without files and network, InputError for files that are damaged.
-
-    Of several ranks the first one loads before the others, since it may download and unpack.
+    "mnist", "fashion_mnist" and "cifar10" are downloaded into `data_dir` where they are missing there. "folder" is all
+    pictures below `data_dir` but those in `leave_out`, every tenth of them for testing; their labels are None. "digits"
+    are drawn, with `or_digits` also where MNIST can't be had: `config.dataset` then says so. Raises DatasetUnavailable
+    without files and network, InputError for files that are damaged.
     """
-    if RANKS > 1 and RANK > 0:
-        config.dataset = tell_other_ranks(config.dataset)
-    try:
-        sets = load_sets(config, Path(data_dir), leave_out)
-    except DatasetUnavailable as error:
-        if not (or_digits and config.dataset == "mnist"):
-            raise
-        line = "!" * 100
-        print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN DIGITS INSTEAD.\n{line}", file=sys.stderr)
-        config.dataset = "digits"
-        sets = load_sets(config, Path(data_dir), leave_out)
-    if RANKS > 1 and RANK == 0:
-        tell_other_ranks(config.dataset)
-    return sets
-
-
-def tell_other_ranks(value: object) -> object:
-    """The first rank's value on every rank; the others wait until it calls this."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
-def load_sets(config: SimpleNamespace, data_dir: Path, leave_out: Path | None) -> list[Images]:
-    """`load_data` on one rank, without its fallback."""
-    size, channels = config.image_size, config.channels
-    if config.dataset == "digits":
-        return [draw_digits(60_000, size, channels, seed=0), draw_digits(10_000, size, channels, seed=1)]
+    dataset = [config.dataset]
+    if RANK > 0:
+        dist.broadcast_object_list(dataset)  # waits for the first rank, which may download and unpack
+        config.dataset = dataset[0]
+    data_dir, size, channels, sets = Path(data_dir), config.image_size, config.channels, []
     if config.dataset == "folder":
         images = load_folder(data_dir, size, channels, leave_out)  # [N, C, S, S]
         is_test = torch.arange(len(images)) % 10 == 0
-        return [(images[~is_test] if len(images) > 1 else images, None), (images[is_test], None)]
-    sets = []
-    for train in (True, False):
-        images, labels = load_torchvision(config.dataset, train, data_dir)
-        if channels == 1 and images.shape[1] == 3:
-            images = TF.rgb_to_grayscale(images)
-        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        sets.append((images.expand(-1, channels, -1, -1).contiguous(), labels))
+        sets = [(images[~is_test] if len(images) > 1 else images, None), (images[is_test], None)]
+    elif config.dataset != "digits":
+        try:
+            sets = [load_torchvision(config, train, data_dir) for train in (True, False)]
+        except DatasetUnavailable as error:
+            if not (or_digits and config.dataset == "mnist"):
+                raise
+            line = "!" * 100
+            print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN DIGITS INSTEAD.\n{line}", file=sys.stderr)
+            config.dataset = "digits"
+    if config.dataset == "digits":
+        sets = [draw_digits(60_000, size, channels, seed=0), draw_digits(10_000, size, channels, seed=1)]
+    if RANKS > 1 and RANK == 0:
+        dist.broadcast_object_list([config.dataset])
     return sets
 
 
-def load_torchvision(dataset: str, train: bool, data_dir: Path) -> tuple[Tensor, Tensor]:
-    """uint8 [N, C, H, W] of MNIST, Fashion-MNIST or CIFAR-10, and int64 [N]; errors as `load_data`."""
+def load_torchvision(config: SimpleNamespace, train: bool, data_dir: Path) -> tuple[Tensor, Tensor]:
+    """`load_data` for one half of MNIST, Fashion-MNIST or CIFAR-10."""
+    dataset, size = config.dataset, config.image_size
     name = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
     kind = getattr(torchvision.datasets, name)
-    if dataset == "cifar10":
-        folder, archives = data_dir, [(kind.filename, kind.tgz_md5)]
-    else:
-        folder, archives = data_dir / name / "raw", kind.resources
+    folder = data_dir if dataset == "cifar10" else data_dir / name / "raw"
+    archives = [(kind.filename, kind.tgz_md5)] if dataset == "cifar10" else kind.resources
     for file, md5 in archives:
-        if (folder / file).exists() and not check_integrity(folder / file, md5):
+        if (folder / file).exists() and not torchvision.datasets.utils.check_integrity(folder / file, md5):
             raise InputError(f"{folder / file} is damaged (its MD5 is not {md5}); delete or replace it")
     socket.setdefaulttimeout(30)  # seconds: a server that doesn't answer must not hang the lesson
     try:
@@ -423,7 +353,10 @@ def load_torchvision(dataset: str, train: bool, data_dir: Path) -> tuple[Tensor,
         raise InputError(f"{dataset}: a file in {folder} is damaged ({reason}); delete it and run again") from None
     images = torch.as_tensor(data.data)  # [N, H, W], or [N, H, W, 3] from CIFAR-10
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    return images, torch.as_tensor(data.targets)
+    if config.channels == 1 and images.shape[1] == 3:
+        images = TF.rgb_to_grayscale(images)
+    images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return images.expand(-1, config.channels, -1, -1).contiguous(), torch.as_tensor(data.targets)
 
 
 def load_folder(folder: Path, size: int, channels: int, leave_out: Path | None = None) -> Tensor:
@@ -432,18 +365,18 @@ def load_folder(folder: Path, size: int, channels: int, leave_out: Path | None =
     Links are followed; hidden folders and `leave_out` are not entered. Files that can't be read are named on stderr and
     left out, other files counted. Raises InputError where no picture remains.
     """
-    paths, ignored, seen = [], Counter(), {leave_out.resolve()} if leave_out else set()
+    paths, seen = [], {leave_out.resolve()} if leave_out else set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         if (here := Path(parent).resolve()) in seen:  # also a link that leads in a circle
             folders.clear()
             continue
         seen.add(here)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(parent, name) for name in files if not name.startswith(".")):
-            ending = path.suffix.lower()
-            paths.append(path) if ending in IMG_EXTENSIONS else ignored.update([ending or "no ending"])
+        paths += [Path(parent, name) for name in files if not name.startswith(".")]
+    pictures = sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS)
+    others = Counter(path.suffix.lower() or "no ending" for path in set(paths) - set(pictures))
     images, small = [], []
-    for path in tqdm(sorted(paths), desc="reading pictures", unit="file", leave=False, disable=RANK > 0):
+    for path in tqdm(pictures, desc="reading pictures", unit="file", leave=False, disable=RANK > 0):
         try:
             picture = read_picture(path, channels, size)
         except Exception as error:  # a damaged picture can raise almost anything
@@ -454,21 +387,19 @@ def load_folder(folder: Path, size: int, channels: int, leave_out: Path | None =
     if not images:
         raise InputError(f"no readable picture ({', '.join(IMG_EXTENSIONS)}) below {folder}; give another --data_dir")
     if small:
-        names = ", ".join(small[:3]) + ", …" * (len(small) > 3)
-        print(f"{len(small)} smaller than {size}×{size}, enlarged: {names}", file=sys.stderr)
-    if ignored:
-        counts = ", ".join(f"{number} of {ending}" for ending, number in ignored.most_common(5))
-        print(f"{ignored.total()} files are no pictures, ignored: {counts}", file=sys.stderr)
+        print(f"{len(small)} smaller than {size}×{size}, enlarged, such as {', '.join(small[:3])}", file=sys.stderr)
+    if others:
+        counts = ", ".join(f"{number} of {ending}" for ending, number in others.most_common(5))
+        print(f"{others.total()} files are no pictures, ignored: {counts}", file=sys.stderr)
     return torch.stack(images)
 
 
 def read_picture(path: str | Path, channels: int, size: int | None = None) -> Image.Image:
     """A picture file's first frame, turned upright, as 8-bit grey or RGB; errors are Pillow's.
 
-    Where `size` is given, a large JPEG may be read at an eighth of its size or more, but at twice `size` at least.
-
-    What is transparent is laid on black, or, with a line on stderr, on white where black would hide the whole drawing.
-    Grey levels of more than 8 bits are scaled, such that white is what their type suggests.
+    What is transparent is laid on black; a black drawing on white, with a line on stderr. Grey levels of more than 8
+    bits are scaled, such that white is what their type suggests. Where `size` is given, a large JPEG may be read at an
+    eighth of its size or more, but at twice `size` at least.
     """
     picture = Image.open(path)
     if size:
@@ -476,19 +407,19 @@ def read_picture(path: str | Path, channels: int, size: int | None = None) -> Im
     picture = ImageOps.exif_transpose(picture)
     mode = "L" if channels == 1 else "RGB"
     if picture.mode[0] in "IF":  # one grey level a pixel, of 16 or 32 bits
-        levels = np.array(picture, dtype=np.float32)  # [height, width]
         whites = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
-        white = next((white for white in whites if levels.max() <= white), levels.max())
-        return Image.fromarray((255 * levels / white).round().clip(0, 255).astype(np.uint8)).convert(mode)
+        levels = picture.convert("F")
+        highest = levels.getextrema()[1]
+        white = next((white for white in whites if highest <= white), highest)
+        return levels.point(lambda level: level * (255 / white) + 0.5).convert("L").convert(mode)
     if not picture.has_transparency_data:
         return picture.convert(mode)
     picture = picture.convert("RGBA")
-    grounds = [Image.new("RGBA", picture.size, color) for color in ("black", "white")]
-    on_black, on_white = (Image.alpha_composite(ground, picture).convert(mode) for ground in grounds)
-    if on_black.convert("L").getextrema()[1] < 32 and picture.getchannel("A").getextrema()[1] > 0:
+    laid = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+    if laid.convert("L").getextrema()[1] < 32 and picture.getchannel("A").getextrema()[1] > 0:
         print(f"{path} is black on a transparent ground: laid on white", file=sys.stderr)
-        return on_white
-    return on_black
+        laid = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return laid.convert(mode)
 
 
 # Three ways to write each of the ten digits. A stroke is a row of points "xy" on a 10 x 10 grid (x to the right,
@@ -531,8 +462,9 @@ def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: 
     glyphs = torch.stack([draw_glyph(style, pen) for styles in STROKES for style in styles for pen in PENS])
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(num_images, 8 + 18 + 6, generator=generator)  # row i belongs to image i
+    chosen = (uniform[:, 0] * len(glyphs)).long()  # a label, a style and a pen
     images = []
-    for u in uniform.split(1000):
+    for u, kinds in zip(uniform.split(1000), chosen.split(1000)):
         size, width, slant, turn, right, down = (2 * u[:, 1:7] - 1).T  # -1…1, [B] each
         # Where each pixel of the image is found in the glyph: turned, slanted and scaled, then bent smoothly.
         size, turn = 1.1 + 0.06 * size, 0.15 * turn
@@ -543,19 +475,16 @@ def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: 
         grid = F.affine_grid(theta, [len(u), 1, image_size, image_size], align_corners=False)
         bend = (0.3 * u[:, 8:26] - 0.15).view(-1, 2, 3, 3)
         grid = grid + F.interpolate(bend, grid.shape[1:3], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-        chosen = (u[:, 0] * len(glyphs)).long()  # a label, a style and a pen
-        ink = F.grid_sample(glyphs[chosen], grid, align_corners=False)  # [B, 1, S, S]
+        ink = F.grid_sample(glyphs[kinds], grid, align_corners=False)  # [B, 1, S, S]
         ink = ink * (0.85 + 0.15 * u[:, 7, None, None, None])
         if channels == 3:  # a bright pen on a dark ground
             pen, ground = u[:, 26:29, None, None], 0.35 * u[:, 29:32, None, None]
             ink = ground + ink * (0.4 + 0.6 * pen / pen.amax(1, keepdim=True) - ground)
         images.append((255 * ink).round().byte())
-    labels = (uniform[:, 0] * len(glyphs)).long() // (len(glyphs) // 10)
-    return torch.cat(images), labels
+    return torch.cat(images), chosen // (len(glyphs) // 10)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bicubic resampling: how the low-resolution image is made, and from it the context x (the latter: section 2.4)
+# Bicubic resampling: how the low-resolution image is made, and from it the context x (the latter: section 2.4) --------
 
 
 def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -588,8 +517,7 @@ def to_unit(images: Tensor) -> Tensor:
     return (images.clamp(-1, 1) + 1) / 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: written whole or not at all. What can't be read or written raises OSError, which becomes one line
+# Files: written whole or not at all. What can't be read or written raises OSError, which becomes one line -------------
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -631,8 +559,8 @@ def prepare_output(folder: Path) -> None:
     lock_folder(folder)
     write_atomically(folder / ".probe", bytes(4096))  # a full disk shows before anything is moved
     (folder / ".probe").unlink()
-    names = ["log.csv", "checkpoint.pt", "refinement.gif", "results.md", "comparison.png"]
-    names += [f"{name}-[0-9]*.png" for name in ("hr", "lr", "sr", "refinement")]
+    names = ["log.csv", "checkpoint.pt", "results.md", "comparison.png", "refinement.gif"]
+    names += ["[hls]r-[0-9]*.png", "refinement-[0-9]*.png"]
     earlier = [path for name in names for path in folder.glob(name)]
     if earlier:
         target = next(f for i in itertools.count(1) if not (f := folder / f"earlier-{i}").exists())
@@ -653,17 +581,14 @@ def load_log(path: Path, last_step: int) -> list[dict]:
 
 
 def save_log(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """Write the log as CSV; what a row lacks stays empty.
-
-    One that can't be written, such as one that is open in a spreadsheet, is only warned of: the next row tries again.
-    """
+    """Write the log as CSV; what a row lacks stays empty. Where that fails, it warns, and the next row tries again."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     try:
         write_atomically(path, buffer.getvalue().encode())
-    except OSError as error:
+    except OSError as error:  # such as one that is open in a spreadsheet
         print(f"\n{path} can't be written: {error.strerror}; going on", file=sys.stderr)
 
 
@@ -676,7 +601,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 def picture_of(images: Tensor, columns: int, scale: int = 2, labels: list[str] | None = None) -> Image.Image:
     """[N, C, H, W] in [0, 1] as one picture in so many columns, with their labels; a pixel is scale × scale."""
-    grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
+    grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
     picture = TF.to_pil_image((255 * grid).round().byte())  # rows · (H + 2) + 2 by columns · (W + 2) + 2 pixels
     picture = picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
     if labels:
@@ -695,6 +620,12 @@ def save_grid(path: Path, images: Tensor, columns: int, description: str, **opti
     exif[0x010E] = description  # ImageDescription
     picture.save(buffer, format="png", exif=exif)
     write_atomically(path, buffer.getvalue())
+
+
+def save_columns(path: Path, columns: dict[str, Tensor], description: str, scale: int = 2) -> None:
+    """`save_grid` with a labelled column for each tensor, [N, C, H, W] in [0, 1], and a row for each image."""
+    grid = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+    save_grid(path, grid, len(columns), description, scale=scale, labels=list(columns))
 
 
 def save_animation(path: Path, frames: list[Image.Image]) -> None:

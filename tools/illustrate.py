@@ -17,6 +17,7 @@ import utils  # before torch: it lets the CPU do what an Apple GPU can't
 import torch
 
 from sr3 import SR3
+from utils import to_unit
 
 
 @utils.errors_in_one_line()
@@ -33,22 +34,22 @@ def main() -> None:
     _, (images, _) = utils.load_data(config, flags.data_dir)
     high_res, low_res, context = utils.make_pair(images[: flags.num_images], config.low_res_size)
 
-    columns = {"input": utils.upsample(low_res, config.image_size, "nearest-exact"), "bicubic x": context}
+    pixels = utils.upsample(low_res, config.image_size, "nearest-exact")
+    columns = {"input": to_unit(pixels), "bicubic x": to_unit(context)}
     for model in models:
         if isinstance(model, SR3):
             name = f"weight {model.config.loss_weight}\n" if sum(isinstance(m, SR3) for m in models) > 1 else ""
             for seed in (0, 1):
-                samples = utils.super_resolve(model, context, model.config.sampling_steps, seed)
-                columns[f"{name}sample {seed + 1}"] = 2 * samples - 1
+                steps = model.config.sampling_steps
+                columns[f"{name}sample {seed + 1}"] = utils.super_resolve(model, context, steps, seed)
         else:
-            columns["regression"] = 2 * utils.super_resolve(model, context, steps=1) - 1
-    columns["truth y_0"] = high_res
+            columns["regression"] = utils.super_resolve(model, context, steps=1)
+    columns["truth y_0"] = to_unit(high_res)
     if not models:
         noise = torch.randn(high_res.shape, generator=torch.Generator().manual_seed(0))
         for gamma in (0.99, 0.8, 0.4, 0.1, 0.01):
-            columns[f"gamma {gamma}"] = gamma**0.5 * high_res + (1 - gamma) ** 0.5 * noise  # equation (5)
-    grid = utils.to_unit(torch.stack(list(columns.values()), dim=1).flatten(0, 1))
-    utils.save_grid(Path(flags.output), grid, len(columns), config.dataset, scale=3, labels=list(columns))
+            columns[f"gamma {gamma}"] = to_unit(gamma**0.5 * high_res + (1 - gamma) ** 0.5 * noise)  # equation (5)
+    utils.save_columns(Path(flags.output), columns, config.dataset, scale=3)
 
 
 if __name__ == "__main__":
