@@ -112,8 +112,7 @@ def fool_rate(images: Tensor, reference: Tensor, context: Tensor, grain: float =
     return (output > real).float() + 0.5 * (output == real).float()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The networks that judge
+# The networks that judge ----------------------------------------------------------------------------------------------
 
 
 def train_classifier(images: Tensor, labels: Tensor) -> nn.Module:

@@ -35,10 +35,9 @@ FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]  # what is abov
 
 @utils.errors_in_one_line("give a smaller --batch_size or --image_size, or a smaller data set (all in memory)")
 def main(arguments: list[str] | None = None) -> None:
-    # ------------------------------------------------------------------------------------------------------------------
-    # 1. Settings: configs/mnist.toml, then the lines of --config_path, then the flags. A resumed run starts from its
+    # 1. Settings ------------------------------------------------------------------------------------------------------
+    # Those of configs/mnist.toml, then the lines of --config_path, then the flags. A resumed run starts from its
     # checkpoint's settings instead, so no flag needs to be repeated.
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--config_path", help="a file of settings that differ from configs/mnist.toml")
@@ -66,9 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         if new != old:
             raise InputError(f"{name} is {new}, in {checkpoint_path} it is {old}: a resumed run can't change it")
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # 2. Machine: one device, or one for each rank that torchrun has started.
-
+    # 2. Machine -------------------------------------------------------------------------------------------------------
+    # One device, or one for each rank that torchrun has started.
     device = utils.choose_device(flags.device)
     precision = utils.choose_precision(config.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
@@ -79,17 +77,15 @@ def main(arguments: list[str] | None = None) -> None:
         patience = datetime.timedelta(hours=4)  # the others wait while the first rank downloads, or draws
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # 3. Data: all training images on the device (MNIST: 61 MB), and 64 test images for the grids. Where MNIST can't be
-    # had, digits are drawn instead, and config.dataset becomes "digits".
-
+    # 3. Data ----------------------------------------------------------------------------------------------------------
+    # All training images on the device (MNIST: 61 MB), and 64 test images for the grids. Where MNIST can't be had, digits
+    # are drawn instead, and config.dataset becomes "digits".
     (images, _), (test_images, _) = utils.load_data(config, flags.data_dir, or_digits=True, leave_out=output_dir)
     images = images.to(device)  # uint8 [N, C, H, W]
     grid_images = test_images[:64].to(device)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # 4. Model: SR3, or the regression baseline. `ema` has the exponential moving average of its weights, and draws.
-
+    # 4. Model ---------------------------------------------------------------------------------------------------------
+    # SR3, or the regression baseline. `ema` has the exponential moving average of its weights, and draws.
     torch.manual_seed(config.seed)
     model = utils.build_model(config).to(device)
     ema = deepcopy(model).eval()
@@ -110,8 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{config.dataset}: {len(images):,} images of {sizes}; {weights:,} weights;", end=" ")
         print(f"{RANKS} × {device.type} in {precision}; output: {output_dir}", flush=True)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # 5. Training: Algorithm 1.
+    # 5. Training: Algorithm 1 -----------------------------------------------------------------------------------------
 
     stop_signals = utils.catch_signals()  # a list, empty until Ctrl-C or SIGTERM
     stop = step >= config.num_training_steps
