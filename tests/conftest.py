@@ -1,8 +1,8 @@
-"""What several test files share: no network, runs that take a second, and how to look at what they wrote."""
+"""What several test files share: no network, runs that take a second, and how to look at what they did."""
 
 import csv
 import functools
-import json
+import itertools
 import os
 import re
 import struct
@@ -21,6 +21,7 @@ for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 
 import train_mnist
@@ -45,37 +46,25 @@ def no_network(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", raising(urllib.error.URLError("no network in tests")))
 
 
-@pytest.fixture
-def all_cores():
-    """For tests that compute as much as a user's run."""
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-
 @functools.cache
-def draw_few_digits(number, image_size, channels, seed):
-    """3,000 for training and 500 for testing."""
-    return DRAW_DIGITS(number // 20, image_size, channels, seed)
+def draw_few_digits(number, *arguments, **options):
+    """Of a data set's 60,000 and 10,000 digits 3,000 and 500."""
+    return DRAW_DIGITS(number // 20 if number >= 10_000 else number, *arguments, **options)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def few_digits():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "draw_digits", draw_few_digits)
         yield
 
 
-def write_tiny_config(path, **changes):
-    """A config of a run that takes a second, TINY with `changes`, which may be any JSON value; returns the path."""
-    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in {**TINY, **changes}.items()))
-    return path
-
-
 @pytest.fixture
-def tiny_config(tmp_path):
-    """Called with settings to change, writes a config of a run that takes a second, and returns its path."""
-    return lambda **changes: write_tiny_config(tmp_path / "tiny.toml", **changes)
+def all_cores():
+    """For tests that compute as much as a user's run."""
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def write_mnist(data_dir, train, test, name="MNIST"):
@@ -97,18 +86,51 @@ def small_mnist(tmp_path_factory):
     return write_mnist(tmp_path_factory.mktemp("data"), train, test)
 
 
-def flags_of(config, output, *flags):
-    """The command line of a run on the CPU; the config may be None."""
-    config = ["--config_path", config] if config else []
-    return [*map(str, [*config, "--output_dir", output, "--device", "cpu", *flags])]
+def flags_of(settings):
+    pairs = [[f"--{name}", *(value if isinstance(value, list) else [value])] for name, value in settings.items()]
+    return [*itertools.chain(*pairs)]
 
 
-def run(config, output, *flags):
-    """train_mnist.py in this process; returns the output folder."""
+def command(output, *flags, **settings):
+    """The flags of a run on the CPU that takes a second: TINY's settings, other settings, more flags."""
+    return [*map(str, [*flags_of(TINY | settings), "--output_dir", output, "--device", "cpu", *flags])]
+
+
+def call(script, *arguments):
+    """A script, given as its module, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_mnist.py"])
-        train_mnist.main(flags_of(config, output, *flags))
+        patch.setattr(sys, "argv", [f"{script.__name__}.py"])
+        script.main([*map(str, arguments)])
+
+
+def run(output, *flags, **settings):
+    """train_mnist.py with the flags of `command`; returns the output folder."""
+    call(train_mnist, *command(output, *flags, **settings))
     return output
+
+
+@pytest.fixture
+def failure(tmp_path, capsys):
+    """Called with a function and its arguments, returns the one line in which it fails. It leaves all files alone."""
+
+    def fail(function, *arguments, status=2, **options):
+        before = snapshot(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            function(*arguments, **options)
+        error = capsys.readouterr().err
+        (line,) = [line for line in re.split(r"[\r\n]+", error) if line.strip() and "%|" not in line]  # no bar's
+        assert re.match(r"(train_mnist|evaluate|sample)\.py: ", line) and "None:" not in line, error
+        assert exit.value.code == status and snapshot(tmp_path) == before
+        return line
+
+    return fail
+
+
+def snapshot(folder, *endings):
+    """The content of each file by its name; the lock, which is empty, is not told of."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files if not endings or p.suffix in endings}
 
 
 def checkpoint_of(output):
@@ -119,12 +141,6 @@ def log_of(output):
     return list(csv.DictReader((output / "log.csv").read_text().splitlines()))
 
 
-def lines_of(script, error):
-    """What a script said of its end on stderr; the progress bar's lines end with carriage returns."""
-    assert "Traceback" not in error and "None:" not in error, error
-    return [line for line in re.split(r"[\r\n]+", error) if line.startswith(script)]
-
-
 def cells(picture, columns, size=16, scale=2):
     """The images of a grid, uint8 [N, size, size, 3], row by row, without labels and the two grey pixels in between."""
     picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
@@ -132,7 +148,5 @@ def cells(picture, columns, size=16, scale=2):
     pixels = pixels[(len(pixels) - 2 * scale) % (scale * (size + 2)) :]  # labels are above the grid
     small = pixels[::scale, ::scale]  # each pixel is a square
     assert torch.equal(small.repeat_interleave(scale, 0).repeat_interleave(scale, 1), pixels)
-    height, width, _ = small.shape
-    assert width == columns * (size + 2) + 2 and (height - 2) % (size + 2) == 0
-    corners = [(y, x) for y in range(2, height, size + 2) for x in range(2, width, size + 2)]
-    return torch.stack([small[y : y + size, x : x + size] for y, x in corners])
+    tiles = rearrange(small[2:, 2:], "(r h) (c w) rgb -> (r c) h w rgb", h=size + 2, w=size + 2, c=columns)
+    return tiles[:, :size, :size]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from sr3 import SR3, Regression
 from unet import UNet
 
 
@@ -42,22 +41,16 @@ def test_every_input_and_every_weight_matters():
         assert weight.grad is not None and weight.grad.abs().max() > 0, name
 
 
-def test_images_of_a_batch_do_not_see_each_other_and_their_layout_in_memory_does_not_matter():
+def test_images_of_a_batch_do_not_see_each_other():
     unet, given = shaken_unet(image_channels=3), (*torch.randn(2, 4, 3, 16, 16), torch.rand(4))
-    together = unet(*given)
     alone = torch.cat([unet(*(v[i : i + 1] for v in given)) for i in range(4)])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    for x in (given[0].contiguous(memory_format=torch.channels_last), given[0].mT.contiguous().mT):
-        assert not x.is_contiguous()
-        torch.testing.assert_close(unet(x, *given[1:]), together, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(unet(*given), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_an_x_of_another_shape_or_type_is_refused_with_what_is_wanted():
-    shapes = [(2, 1, 16, 16), (2, 3, 16, 32), (2, 3, 8, 8), (3, 16, 16)]
-    wrong = [torch.zeros(shape) for shape in shapes]
-    wrong += [torch.zeros(2, 3, 16, 16, dtype=dtype) for dtype in (torch.uint8, torch.int64, torch.double, torch.half)]
+    wrong = [torch.zeros(shape) for shape in ((2, 1, 16, 16), (2, 3, 16, 32), (2, 3, 8, 8), (3, 16, 16))]
+    wrong += [torch.zeros(2, 3, 16, 16, dtype=dtype) for dtype in (torch.uint8, torch.double, torch.half)]
     for x in wrong:
         words = rf"x is \[{str(list(x.shape))[1:-1]}\] of {x.dtype} .* wants \[B, 3, 16, 16\] of torch.float32"
-        for method in (SR3, Regression):
-            with pytest.raises(ValueError, match=words):
-                method(small_unet(image_channels=3)).sample(x, 2)
+        with pytest.raises(ValueError, match=words):
+            small_unet(image_channels=3)(x, x, torch.ones(2))
