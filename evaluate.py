@@ -3,8 +3,9 @@
     python evaluate.py output/reference/8x/sr3.pt output/reference/8x/regression.pt --output_dir output/8x
     python evaluate.py output/checkpoint.pt --num_images 200 --sampling_steps 100
 
-Takes checkpoints of SR3 and of the regression, of one data set, in any order. Prints a table, and writes to --output_dir
-results.md, the table with standard errors, and comparison.png, samples for eight images from ambiguous to clear.
+Takes checkpoints of SR3 and of the regression, of one data set, in any order. Prints a table, and writes to
+--output_dir results.md, the table with standard errors, and comparison.png, samples for eight images from ambiguous to
+clear.
 """
 
 import argparse

@@ -27,10 +27,12 @@ from tqdm import tqdm
 from metrics import consistency, psnr, ssim
 from utils import DEFAULTS, HERE, RANK, RANKS, InputError, fail, make_pair, to_unit, upsample
 
+# From utils.py: DEFAULTS are the settings of configs/mnist.toml, HERE is the folder of this script, and this process is
+# number RANK of RANKS, 0 of 1 unless torchrun has started several.
 BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
 LOG_EVERY = 100  # steps between two rows of log.csv, a multiple of BAR_EVERY
 LOG_COLUMNS = ["dataset", "step", "loss", "learning_rate", "images_per_second", "psnr", "ssim", "consistency"]
-FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]  # what is above it in mnist.toml stays when resuming
+FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]  # settings that a resumed run can't change
 
 
 @utils.errors_in_one_line("give a smaller --batch_size or --image_size, or a smaller data set (all in memory)")
@@ -57,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = None
     if flags.resume:
         if RANK == 0 and output_dir.is_dir():
-            utils.lock_folder(output_dir)
+            utils.lock_folder(output_dir)  # no other run may write there meanwhile
         checkpoint = utils.load_checkpoint(checkpoint_path, ("config", "step", "model", "ema", "optimizer"))
     config = utils.load_config(flags.config_path, vars(flags), checkpoint and vars(checkpoint["config"]))
     for name in FIXED if checkpoint else ():
@@ -78,18 +80,18 @@ def main(arguments: list[str] | None = None) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
 
     # 3. Data ----------------------------------------------------------------------------------------------------------
-    # All training images on the device (MNIST: 61 MB), and 64 test images for the grids. Where MNIST can't be had, digits
-    # are drawn instead, and config.dataset becomes "digits".
+    # All training images on the device (MNIST: 61 MB), and 64 test images for the grids. Where MNIST can't be had,
+    # digits are drawn instead, and config.dataset becomes "digits". The labels that come with both are not needed.
     (images, _), (test_images, _) = utils.load_data(config, flags.data_dir, or_digits=True, leave_out=output_dir)
     images = images.to(device)  # uint8 [N, C, H, W]
     grid_images = test_images[:64].to(device)
 
     # 4. Model ---------------------------------------------------------------------------------------------------------
-    # SR3, or the regression baseline. `ema` has the exponential moving average of its weights, and draws.
+    # SR3, or the regression baseline. `ema`, with the moving average of its weights, makes the samples.
     torch.manual_seed(config.seed)
     model = utils.build_model(config).to(device)
     ema = deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)  # its learning rate is set in each step
     if flags.compile:
         utils.compile_networks([model.unet, ema.unet], device)
     step, log = 0, []
@@ -116,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         while not stop:  # "until converged"
             step += 1
             torch.manual_seed(hash((config.seed, step, RANK)))  # for each step, so that a resumed run draws the same
-            # Line 2: a pair (x, y_0); the context x is made from y_0 itself, by bicubic resampling (section 2.4).
+            # Line 2: a pair (x, y_0); the context x is made from y_0 itself, shrunk and enlarged bicubically.
             indices = torch.randint(len(images), (config.batch_size // RANKS,), device=device)
             high_res, _, context = make_pair(images[indices], config.low_res_size)  # y_0 and x, [B, C, H, W]
             # Lines 3 and 4 are in SR3.forward, which returns the loss of line 5. (A regression has no noise to draw.)
@@ -136,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
             losses.append(loss.detach())
             bar.update()
 
-            # What is due after this step? Only below does the script wait for the device.
+            # What is due after this step? Only what follows waits for the device.
             stop = bool(stop_signals) or step == config.num_training_steps
             drawing = not stop and (step % config.sample_every == 0 or step in config.early_samples)
             logging = stop or drawing or step % LOG_EVERY == 0
@@ -180,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm, animation: bool = False) -> dict:
-    """Saves what a model, by Algorithm 2 (`SR3.refine`), makes of the same images and noise each time; returns metrics.
+    """Saves what a model's `refine` makes of the same images and noise each time; returns metrics.
 
     Grids hr: the targets; lr: the inputs; sr: the results; refinement: the estimates ŷ_0 at six noise levels, for the
     eight images where they change most. The animation shows y_t, from noise to image.
@@ -192,7 +194,7 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
     estimates = {1 + (steps - 1) * i // 6: [] for i in range(6)}  # ŷ_0 of these steps, for the refinement grid
     states = {i: [] for i in range(steps, 0, -math.ceil(steps / 50))} if animation else {}  # y_t, for the animation
     finished = []
-    size = config.batch_size // RANKS  # as many at once as fit into memory in training
+    size = config.batch_size // RANKS  # as many at once as in a training step
     for start in range(0, len(images), size):
         with autocast:
             for i, (y_t, y_0_hat) in enumerate(model.refine(context[start : start + size], steps, generator), start=1):
@@ -203,7 +205,7 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
         finished.append(y_t)
     super_res = torch.cat(finished)  # [64, C, H, W]
 
-    pixels = upsample(low_res, config.image_size, "nearest-exact")  # [64, C, H, W], still h × w squares
+    pixels = upsample(low_res, config.image_size, "nearest-exact")  # [64, C, H, W], of h × w visible squares
     estimates = {i: torch.cat(parts) for i, parts in estimates.items()}
     change = (estimates[1] - super_res).square().mean(dim=(1, 2, 3))
     rows = change.argsort(descending=True, stable=True)[:8]
@@ -223,8 +225,11 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
         utils.save_animation(output_dir / "refinement.gif", frames)
 
     high_res, low_res, super_res = map(to_unit, (high_res, low_res, super_res))
-    values = psnr(super_res, high_res), ssim(super_res, high_res), consistency(super_res, low_res)
-    results = dict(zip(LOG_COLUMNS[-3:], (value.mean().item() for value in values)))
+    results = {
+        "psnr": psnr(super_res, high_res).mean().item(),
+        "ssim": ssim(super_res, high_res).mean().item(),
+        "consistency": consistency(super_res, low_res).mean().item(),
+    }
     bar.set_description_str()
     bar.write(f"step {step}: PSNR {results['psnr']:.1f} dB; {output_dir}/sr-{step:06d}.png", file=sys.stderr)
     return results

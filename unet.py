@@ -15,7 +15,7 @@ GROUPS = 8  # of every GroupNorm; DDPM's 32 don't divide 16 features
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
-    """Start a last convolution at zero, so that its branch, or the whole network, starts as nothing (DDPM)."""
+    """A last convolution, zeroed, so that its branch, or the whole network, gives zero before training (DDPM)."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
 class Stage(nn.Module):
     """A residual block that keeps the resolution, then self-attention or nothing.
 
-    On the way down its output is also the skip to its mirror image on the way up.
+    On the way down its output also feeds its mirror image on the way up.
     """
 
     def __init__(self, block: ResidualBlock, attention: nn.Module):
@@ -127,7 +127,7 @@ class UNet(nn.Module):
         def attention(i: int) -> nn.Module:
             return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
 
-        # `forward` embeds γ as an angle from 0 to π / 2: frequency 1 is for coarse, 1000 for the finest differences.
+        # `forward` embeds γ as an angle from 0 to π / 2: frequency 1 resolves coarse differences, 1000 the finest.
         self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(features, embedding_dim),
