@@ -51,7 +51,7 @@ class SR3(nn.Module):
         """f_θ(x, ỹ, γ) = √(1 - γ) · ỹ + √γ · U(x, ỹ, γ): x and ỹ [B, C, H, W], γ [B] -> the noise in ỹ, in float32.
 
         ỹ is y_0 with noise ε of level γ, by equation (5). Why not f_θ = U? Equation (10) would divide the error of U by
-        √γ, which is 1/150 at t = T. With the line above, f_θ is ε exactly when U is v = √γ ε - √(1 - γ) y_0, and (10)
+        √γ, which is 1/150 at t = T. With f_θ as above, it is ε exactly when U is v = √γ ε - √(1 - γ) y_0, and (10)
         becomes ŷ_0 = √γ ỹ - √(1 - γ) U, which amplifies nothing. This is the v-prediction of Salimans and Ho (arXiv
         2202.00512); in the paper, f_θ is the U-Net itself. The products are float32 even under autocast, since bfloat16
         rounds too coarsely to be divided by √γ.
@@ -73,14 +73,14 @@ class SR3(nn.Module):
         noise = torch.randn_like(high_res)
         level = rearrange(gamma, "b -> b 1 1 1")
         y_noisy = level.sqrt() * high_res + (1 - level).sqrt() * noise
-        # Line 5: the loss that the gradient step is taken on.
+        # Line 5: the loss for the gradient step.
         error = (self.predict_noise(context, y_noisy, gamma) - noise).square()  # [B, C, H, W]
         return (error / level if self.loss_weight == "1/gamma" else error).mean()
 
     def levels(self, steps: int) -> list[float]:
-        """The `steps` + 1 noise levels of an inference, from γ_T to γ_0 = 1, evenly spaced in t, which is rounded down.
+        """The `steps` + 1 noise levels for inference, from γ_T to γ_0 = 1, evenly spaced in t, which is rounded down.
 
-        f_θ is told γ and not t, so they can be chosen after training; the paper searches for them, these are simply
+        f_θ is told γ and not t, so they can be chosen after training; the paper searches for them; these are simply
         even. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         T = len(self.gammas) - 1
@@ -108,12 +108,12 @@ class SR3(nn.Module):
         """Algorithm 2 for x, [B, C, H, W] in [-1, 1]: yields (y_t, ŷ_0) after each step; the last y_t is the image.
 
         It differs from the paper in the clamp, the extrapolation and the variance. `generator`, on the device of x,
-        makes the result reproducible. Raises ValueError where `levels` does, in the first step.
+        makes the result reproducible. Raises ValueError where `levels` does, once iterated.
         """
         levels = self.levels(steps)
         y_t = torch.randn(context.shape, generator=generator, device=context.device)  # line 1: y_T ~ N(0, I)
         previous = torch.zeros_like(y_t)  # ŷ_0 of the step before
-        for gamma_t, gamma_s, share in zip(levels, levels[1:], self.extrapolation(levels)):  # line 2: t to s
+        for gamma_t, gamma_s, share in zip(levels, levels[1:], self.extrapolation(levels)):  # line 2: from t to s
             alpha_t = gamma_t / gamma_s  # the α_t of a process that has only these levels
             noise = self.predict_noise(context, y_t, context.new_full((len(context),), gamma_t))
             y_0_hat = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
@@ -122,7 +122,7 @@ class SR3(nn.Module):
             previous = y_0_hat
             # Line 3: z ~ N(0, I), but no noise in the last step.
             z = torch.randn(context.shape, generator=generator, device=context.device) if gamma_s < 1 else 0
-            # Line 4, with the mean and the variance of equation (4), where the estimate stands for y_0. With ŷ_0
+            # Line 4, with the mean and the variance of equation (4), where the estimate stands in for y_0. With ŷ_0
             # itself, unclamped, this mean is equation (11). The paper's variance is 1 - α_t; measured: (4)'s is much
             # better in 25 steps.
             mean = (gamma_s**0.5 * (1 - alpha_t) * y_0_halfway + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
@@ -145,7 +145,7 @@ class Regression(nn.Module):
         self.unet = unet
 
     def predict(self, context: Tensor) -> Tensor:
-        """x -> ŷ_0, both [B, C, H, W], in float32. Zeros take the place of ỹ and 1 that of γ; both say nothing."""
+        """x -> ŷ_0, both [B, C, H, W], in float32. Zeros take the place of ỹ, 1 that of γ: neither is informative."""
         return self.unet(context, torch.zeros_like(context), context.new_ones(len(context))).float()
 
     def forward(self, high_res: Tensor, context: Tensor) -> Tensor:

@@ -32,14 +32,15 @@ from utils import DEFAULTS, HERE, RANK, RANKS, InputError, fail, make_pair, to_u
 BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
 LOG_EVERY = 100  # steps between two rows of log.csv, a multiple of BAR_EVERY
 LOG_COLUMNS = ["dataset", "step", "loss", "learning_rate", "images_per_second", "psnr", "ssim", "consistency"]
-FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]  # settings that a resumed run can't change
+# What is above sampling_steps in mnist.toml, a resumed run can't change: the data, the network and the diffusion.
+FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]
 
 
 @utils.errors_in_one_line("give a smaller --batch_size or --image_size, or a smaller data set (all in memory)")
 def main(arguments: list[str] | None = None) -> None:
     # 1. Settings ------------------------------------------------------------------------------------------------------
-    # Those of configs/mnist.toml, then the lines of --config_path, then the flags. A resumed run starts from its
-    # checkpoint's settings instead, so no flag needs to be repeated.
+    # Those of configs/mnist.toml, overridden by the lines of --config_path, then by the flags. A resumed run starts
+    # from its checkpoint's settings instead, so none needs to be repeated.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--config_path", help="a file of settings that differ from configs/mnist.toml")
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = None
     if flags.resume:
         if RANK == 0 and output_dir.is_dir():
-            utils.lock_folder(output_dir)  # no other run may write there meanwhile
+            utils.lock_folder(output_dir)  # for this run only; a new run's is locked by prepare_output
         checkpoint = utils.load_checkpoint(checkpoint_path, ("config", "step", "model", "ema", "optimizer"))
     config = utils.load_config(flags.config_path, vars(flags), checkpoint and vars(checkpoint["config"]))
     for name in FIXED if checkpoint else ():
@@ -82,12 +83,13 @@ def main(arguments: list[str] | None = None) -> None:
     # 3. Data ----------------------------------------------------------------------------------------------------------
     # All training images on the device (MNIST: 61 MB), and 64 test images for the grids. Where MNIST can't be had,
     # digits are drawn instead, and config.dataset becomes "digits". The labels that come with both are not needed.
+    # Pictures that an earlier run left in output_dir are no data.
     (images, _), (test_images, _) = utils.load_data(config, flags.data_dir, or_digits=True, leave_out=output_dir)
     images = images.to(device)  # uint8 [N, C, H, W]
     grid_images = test_images[:64].to(device)
 
     # 4. Model ---------------------------------------------------------------------------------------------------------
-    # SR3, or the regression baseline. `ema`, with the moving average of its weights, makes the samples.
+    # SR3, or the regression baseline. `ema`, the moving average of its weights, makes the samples.
     torch.manual_seed(config.seed)
     model = utils.build_model(config).to(device)
     ema = deepcopy(model).eval()
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     with bar:
         while not stop:  # "until converged"
             step += 1
-            torch.manual_seed(hash((config.seed, step, RANK)))  # for each step, so that a resumed run draws the same
+            torch.manual_seed(hash((config.seed, step, RANK)))  # in each step, so that a resumed run draws the same
             # Line 2: a pair (x, y_0); the context x is made from y_0 itself, shrunk and enlarged bicubically.
             indices = torch.randint(len(images), (config.batch_size // RANKS,), device=device)
             high_res, _, context = make_pair(images[indices], config.low_res_size)  # y_0 and x, [B, C, H, W]
@@ -131,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad()
-            # The average of the weights covers about the last ninth of the steps so far.
+            # The average of the weights, an idea of DDPM's, covers about the last ninth of the steps so far.
             with torch.no_grad():
                 for average, weight in zip(ema.parameters(), model.parameters()):
                     average.lerp_(weight, 1 - (1 + step) / (10 + step))
@@ -140,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             # What is due after this step? Only what follows waits for the device.
             stop = bool(stop_signals) or step == config.num_training_steps
+            # (The last pictures are drawn after the loop.)
             drawing = not stop and (step % config.sample_every == 0 or step in config.early_samples)
             logging = stop or drawing or step % LOG_EVERY == 0
             if not logging and step % BAR_EVERY:
@@ -157,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
                 fail(f"step {step}: loss {loss} or a weight is not finite; lower --learning_rate{kept}", status=1)
             if RANK == 0:
                 log.append(dict(zip(LOG_COLUMNS, (config.dataset, step, loss, learning_rate, speed))))
-                if stop or drawing:  # the state is saved before anything is drawn, which takes long
+                if stop or drawing:  # the state is saved before the slow drawing
                     state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
                     utils.save_checkpoint(checkpoint_path, {"config": vars(config), "step": step, **state})
                 utils.save_log(log_path, LOG_COLUMNS, log)
@@ -182,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm, animation: bool = False) -> dict:
-    """Saves what a model's `refine` makes of the same images and noise each time; returns metrics.
+    """Saves what `refine` makes of the same images and noise each time; returns metrics, the last columns of the log.
 
     Grids hr: the targets; lr: the inputs; sr: the results; refinement: the estimates ŷ_0 at six noise levels, for the
     eight images where they change most. The animation shows y_t, from noise to image.
@@ -192,7 +195,7 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
     generator = torch.Generator(images.device).manual_seed(config.seed)
     steps = config.sampling_steps if config.method == "sr3" else 1
     estimates = {1 + (steps - 1) * i // 6: [] for i in range(6)}  # ŷ_0 of these steps, for the refinement grid
-    states = {i: [] for i in range(steps, 0, -math.ceil(steps / 50))} if animation else {}  # y_t, for the animation
+    states = {i: [] for i in range(steps, 0, -math.ceil(steps / 50))} if animation else {}  # y_t of 20 images
     finished = []
     size = config.batch_size // RANKS  # as many at once as in a training step
     for start in range(0, len(images), size):
@@ -211,7 +214,7 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
     rows = change.argsort(descending=True, stable=True)[:8]
     columns = {"input": pixels}
     if config.method == "sr3":  # a regression has no steps to show
-        levels = model.levels(steps)
+        levels = model.levels(steps)  # step i, counted from 1, starts at levels[i - 1]
         columns |= {f"gamma\n{levels[i - 1]:.2g}": estimate for i, estimate in estimates.items()}
     columns |= {"result": super_res, "truth": high_res}
     description = f"{config.dataset}, step {step}"

@@ -1,4 +1,4 @@
-"""The U-Net U(x, ỹ, γ): DDPM's, with changes from the paper's section 2.4.
+"""The U-Net U(x, ỹ, γ): DDPM's, with changes from the paper's section 2.4 and our own.
 
 It sees the low-resolution image x, enlarged to the target size, beside the noisy image ỹ, and is told the noise level
 γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U.
