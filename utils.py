@@ -127,7 +127,10 @@ VALUES = {  # words to choose from, or the least and the greatest number, also o
     "num_timesteps": (1, 100_000), "beta_start": (1e-7, 0.999), "beta_end": (1e-7, 0.999), "batch_size": (1, 10**6),
     "learning_rate": (1e-9, 1), "warmup_steps": (0, 10**9), "max_grad_norm": (1e-6, 1e6), "seed": (0, 2**31 - 1),
 }  # fmt: skip
-DEFAULTS = tomllib.loads((HERE / "configs/mnist.toml").read_text(encoding="utf-8-sig"))
+try:
+    DEFAULTS = tomllib.loads((HERE / "configs/mnist.toml").read_text(encoding="utf-8-sig"))
+except ValueError as error:
+    fail(f"configs/mnist.toml is not valid TOML: {error}")
 
 
 def load_config(path: str | Path | None = None, flags: dict | None = None, base: dict | None = None) -> SimpleNamespace:
@@ -136,14 +139,14 @@ def load_config(path: str | Path | None = None, flags: dict | None = None, base:
     Flags that are None, or no settings, count as not given. Raises InputError for a file that is no TOML, an unknown
     setting, a value that is of another type than its default or out of range, and sizes that don't go together.
     """
-    config, lines = SimpleNamespace(**(base or DEFAULTS)), {}
+    config, lines = SimpleNamespace(), {}
     try:
         if path:
             lines = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"{path} is not valid TOML: {error}") from None
     flags = {name: value for name, value in (flags or {}).items() if name in DEFAULTS and value is not None}
-    for source, values in ((f"{path}: ", lines), ("--", flags)):
+    for source, values in (("configs/mnist.toml: ", base or DEFAULTS), (f"{path}: ", lines), ("--", flags)):
         for name, value in values.items():
             setattr(config, name, check_setting(name, value, source))
     if config.low_res_size >= config.image_size:
@@ -160,7 +163,7 @@ def check_setting(name: str, value: object, source: str) -> object:
         raise InputError(f"{source}{name} is not a setting; the settings are {', '.join(DEFAULTS)}")
     default, values = DEFAULTS[name], VALUES.get(name, (1, 10**9))
     if isinstance(default, str):
-        valid, wanted = value in values, f"one of {', '.join(values)}"
+        valid, wanted = value in values, f"one of {', '.join(map(str, values))}"
     else:
         kinds, word = ((int, float), "number") if isinstance(default, float) else ((int,), "whole number")
         low, high = values

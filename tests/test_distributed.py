@@ -38,6 +38,7 @@ def test_two_ranks_use_the_mean_of_their_gradients_and_write_one_set_of_files(sm
     process = subprocess.run([*TORCHRUN, *script], check=False, capture_output=True, encoding="utf-8", timeout=300)
     assert process.returncode == 0 and "deprecat" not in process.stderr, process.stderr
     assert process.stdout.count("2 × cpu") == process.stdout.count("steps are done") == 1
+    assert process.stderr.count("step 21: PSNR") == 1
 
     grids = [f"{name}-{step:06d}.png" for name in ("hr", "lr", "refinement", "sr") for step in (20, 21)]
     files = sorted(path.name for path in output.iterdir())

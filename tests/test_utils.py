@@ -61,6 +61,12 @@ def test_a_wrong_setting_is_refused_with_its_name(tmp_path, line):
             load_config(path)
 
 
+def test_a_wrong_line_of_mnist_toml_itself_is_refused(monkeypatch):
+    monkeypatch.setitem(utils.DEFAULTS, "batch_size", 0)
+    with pytest.raises(InputError, match="configs/mnist.toml: batch_size is 0"):
+        load_config()
+
+
 def test_a_gpu_that_is_there_but_cannot_compute_is_passed_over_with_a_line_unless_it_is_named(monkeypatch, capsys):
     ones = torch.ones
     no_kernel = raising(RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA"))
