@@ -53,8 +53,8 @@ class SR3(nn.Module):
         ỹ is y_0 with noise ε of level γ, by equation (5). Why not f_θ = U? Equation (10) would divide the error of U by
         √γ, which is 1/150 at t = T. With f_θ as above, it is ε exactly when U is v = √γ ε - √(1 - γ) y_0, and (10)
         becomes ŷ_0 = √γ ỹ - √(1 - γ) U, which amplifies nothing. This is the v-prediction of Salimans and Ho (arXiv
-        2202.00512); in the paper, f_θ is the U-Net itself. The products are float32 even under autocast, since bfloat16
-        rounds too coarsely to be divided by √γ.
+        2202.00512); in the paper, f_θ is the U-Net itself. The products are float32 even under autocast, since dividing
+        by √γ would magnify bfloat16's rounding errors.
         """
         level = rearrange(gamma, "b -> b 1 1 1")
         return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t, gamma).float()
@@ -63,8 +63,9 @@ class SR3(nn.Module):
         """Algorithm 1 for one batch of y_0 and x, both [B, C, H, W] in [-1, 1]: the loss, a scalar.
 
         With `loss_weight="1"` it is the paper's (6) with p = 2, the mean of (f_θ - ε)². Since f_θ - ε = √γ (U - v),
-        that nearly ignores U's errors at small γ, where the layout of the image is decided. With "1/gamma" each error
-        is divided by its γ, so all levels count alike: the "SNR + 1" weighting of Salimans and Ho.
+        with the v of `predict_noise`, that nearly ignores U's errors at small γ, where the layout of the image is
+        decided. With "1/gamma" each error is divided by its γ, so all levels count alike: the "SNR + 1" weighting of
+        Salimans and Ho.
         """
         # Line 3: γ ~ p(γ): t uniform in 1…T, then γ uniform between γ_t and γ_{t-1} (section 2.4).
         t = torch.randint(1, len(self.gammas), high_res.shape[:1], device=high_res.device)  # [B]
@@ -80,8 +81,8 @@ class SR3(nn.Module):
     def levels(self, steps: int) -> list[float]:
         """The `steps` + 1 noise levels for inference, from γ_T to γ_0 = 1, evenly spaced in t, which is rounded down.
 
-        f_θ is told γ and not t, so they can be chosen after training; the paper searches for them; these are simply
-        even. Raises ValueError unless 1 ≤ steps ≤ T.
+        f_θ is told γ and not t, so the levels can be chosen after training. The paper searches for good ones; these are
+        simply even. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         T = len(self.gammas) - 1
         if not 1 <= steps <= T:

@@ -30,7 +30,7 @@ from utils import DEFAULTS, HERE, RANK, RANKS, InputError, fail, make_pair, to_u
 # From utils.py: DEFAULTS are the settings of configs/mnist.toml, HERE is the folder of this script, and this process is
 # number RANK of RANKS, 0 of 1 unless torchrun has started several.
 BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
-LOG_EVERY = 100  # steps between two rows of log.csv, a multiple of BAR_EVERY
+LOG_EVERY = 100  # steps between two rows of log.csv
 LOG_COLUMNS = ["dataset", "step", "loss", "learning_rate", "images_per_second", "psnr", "ssim", "consistency"]
 # What is above sampling_steps in mnist.toml, a resumed run can't change: the data, the network and the diffusion.
 FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad()
-            # The average of the weights, an idea of DDPM's, covers about the last ninth of the steps so far.
+            # DDPM, too, averages its weights; this average covers about the last ninth of the steps so far.
             with torch.no_grad():
                 for average, weight in zip(ema.parameters(), model.parameters()):
                     average.lerp_(weight, 1 - (1 + step) / (10 + step))
@@ -159,6 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
                 kept = f"; {checkpoint_path} is as it was" if checkpoint_path.exists() else ""
                 fail(f"step {step}: loss {loss} or a weight is not finite; lower --learning_rate{kept}", status=1)
             if RANK == 0:
+                # A row of the log; its last three columns are for what `draw` returns.
                 log.append(dict(zip(LOG_COLUMNS, (config.dataset, step, loss, learning_rate, speed))))
                 if stop or drawing:  # the state is saved before the slow drawing
                     state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
@@ -174,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(128 + stop_signals[0])
         if RANK == 0:  # also when resuming a run that was cut off while it drew its last pictures
             results = draw(ema, grid_images, config, autocast, output_dir, step, bar, animation=config.method == "sr3")
-            if log and int(log[-1]["step"]) == step:
+            if log and log[-1]["step"] == step:
                 log[-1] |= results
             utils.save_log(log_path, LOG_COLUMNS, log)
     if RANKS > 1:
@@ -195,7 +196,7 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
     generator = torch.Generator(images.device).manual_seed(config.seed)
     steps = config.sampling_steps if config.method == "sr3" else 1
     estimates = {1 + (steps - 1) * i // 6: [] for i in range(6)}  # ŷ_0 of these steps, for the refinement grid
-    states = {i: [] for i in range(steps, 0, -math.ceil(steps / 50))} if animation else {}  # y_t of 20 images
+    states = {i: [] for i in range(steps, 0, -math.ceil(steps / 50))} if animation else {}  # y_t, back from the last
     finished = []
     size = config.batch_size // RANKS  # as many at once as in a training step
     for start in range(0, len(images), size):
@@ -210,7 +211,7 @@ def draw(model, images, config, autocast, output_dir: Path, step: int, bar: tqdm
 
     pixels = upsample(low_res, config.image_size, "nearest-exact")  # [64, C, H, W], of h × w visible squares
     estimates = {i: torch.cat(parts) for i, parts in estimates.items()}
-    change = (estimates[1] - super_res).square().mean(dim=(1, 2, 3))
+    change = (estimates[1] - super_res).square().mean(dim=(1, 2, 3))  # from the first step's estimate to the result
     rows = change.argsort(descending=True, stable=True)[:8]
     columns = {"input": pixels}
     if config.method == "sr3":  # a regression has no steps to show

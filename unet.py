@@ -86,11 +86,11 @@ class UNet(nn.Module):
 
     Level i of the U works at H / 2^i with features · channel_multipliers[i] channels. Each half has `blocks_per_level`
     stages on every level; the output of a stage on the way down is concatenated to the input of its mirror image on the
-    way up. Self-attention follows the residual blocks whose resolution is in `attention_resolutions`.
+    way up. In stages whose resolution is in `attention_resolutions`, self-attention follows the residual block.
 
     C is `image_channels`, 1 or 3; `image_size` is H and W. Raises ValueError for other channels, for an `image_size`
     that doesn't halve evenly, for attention at a resolution that no level has, and for features that the norms' groups
-    or the attention's heads don't divide. `forward` raises it for an x of another shape, type or device than its own.
+    or the attention's heads don't divide. `forward` raises it for an x whose shape, type or device is another.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class UNet(nn.Module):
         phases = rearrange(angle, "b -> b 1") * self.frequencies
         embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1))  # [B, embedding_dim]
 
-        h = self.conv_in(torch.cat([x, y_t], dim=1))  # [B, 2C, H, W] -> [B, features · multiplier, H, W]
+        h = self.conv_in(torch.cat([x, y_t], dim=1))  # [B, 2C, H, W] -> [B, width of level 0, H, W]
         skips = []
         for layer in self.down:
             h = layer(h, embedding)

@@ -576,7 +576,8 @@ def prepare_output(folder: Path) -> None:
 def load_log(path: Path, last_step: int) -> list[dict]:
     """The rows of a log up to that step; none where there is no log. Raises InputError for another CSV."""
     try:
-        return [row for row in csv.DictReader(path.read_text().splitlines()) if int(row["step"]) <= last_step]
+        rows = [row | {"step": int(row["step"])} for row in csv.DictReader(path.read_text().splitlines())]
+        return [row for row in rows if row["step"] <= last_step]
     except FileNotFoundError:
         return []
     except (KeyError, ValueError):

@@ -109,7 +109,7 @@ def test_the_picture_has_labelled_columns_and_eight_images_from_ambiguous_to_cle
     grid = cells(picture, 8, scale=3).view(8, 8, 16, 16, 3).permute(0, 1, 4, 2, 3) / 255
     chosen = [(judged.truth - truth).abs().flatten(1).amax(1).argmin().item() for truth in grid[:, 7]]
     entropy = -(judged.guess * judged.guess.log()).sum(1)  # of a guess at the digit from x alone
-    for i, wanted in enumerate(np.linspace(entropy.max().item(), entropy.min().item(), 8)):  # evenly from the largest to the least
+    for i, wanted in enumerate(torch.linspace(entropy.max(), entropy.min(), 8)):  # evenly from the largest to the least
         others = [j for j in range(70) if j not in chosen[:i]]
         assert abs(entropy[chosen[i]] - wanted) <= min(abs(entropy[j] - wanted) for j in others) + 1e-6
 
