@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -49,6 +51,21 @@ def test_two_ranks_use_the_mean_of_their_gradients_and_write_one_set_of_files(sm
     state = checkpoint_of(output)["optimizer"]["state"]
     found = torch.cat([state[i]["exp_avg"].flatten() for i in range(len(state))])
     torch.testing.assert_close(found, (moments[0] + moments[1]) / 2, atol=1e-7, rtol=1e-4)
+
+
+def test_what_only_the_first_rank_finds_ends_both_with_a_line_in_their_names(tmp_path):
+    """Without torchrun, which may end the second one before it has said its line."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    flags = command(tmp_path / "output", "--data_dir", tmp_path / "none", dataset="folder")
+    start = partial(subprocess.Popen, [sys.executable, ROOT / "train_mnist.py", *flags], stderr=subprocess.PIPE)
+    ranks = [start(env=os.environ | group | {"RANK": rank, "LOCAL_RANK": rank}, encoding="utf-8") for rank in "01"]
+    ends = ["train_mnist.py: no readable picture", "train_mnist.py (rank 1): stopped, most likely since another rank"]
+    for process, opening in zip(ranks, ends):
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 2 and "Traceback" not in error, error
+        assert sum(line.startswith(opening) for line in error.splitlines()) == 1, error
+    assert not (tmp_path / "output").exists()
 
 
 def test_ranks_are_read_from_a_complete_environment_only(monkeypatch, capsys):

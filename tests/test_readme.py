@@ -25,8 +25,9 @@ CODE = [path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.
 def test_every_link_resolves_and_every_picture_is_large_enough_to_see(folder, text):
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         assert link.startswith("https://") or (folder / link).exists(), link
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)", text)
-    assert pictures and all(Image.open(folder / picture).width >= 600 for picture in pictures)
+    pictures = [folder / picture for picture in re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)", text)]
+    assert pictures and all(Image.open(picture).width >= 600 for picture in pictures)
+    assert all(picture.stat().st_size < 2_500_000 for picture in pictures)
 
 
 def test_every_function_of_the_map_is_in_the_file_that_it_links_to():

@@ -114,6 +114,16 @@ def test_the_pictures_show_64_test_digits_and_what_the_averaged_weights_make_of_
         assert animation.n_frames == 4 and animation.info["loop"] == 0
         for now, frame in zip(y_t, ImageSequence.Iterator(animation)):
             assert_shows(frame, 10, torch.stack([low_res[:20], now[:20]], dim=1).flatten(0, 1), atol=1.6)
+        assert animation.info["duration"] > 1000  # milliseconds: the last frame pauses
+
+
+def test_a_regression_writes_the_same_grids_without_noise(tmp_path):
+    output = run(tmp_path / "output", method="regression", channels=3, num_training_steps=1)
+    assert sorted(snapshot(output, ".png", ".gif")) == [f"{name}-000001.png" for name in GRIDS]
+    columns = cells(output / "refinement-000001.png", 3).view(8, 3, 16, 16, 3)
+    shown = [cells(output / f"{name}-000001.png", 8) for name in ("lr", "sr", "hr")]
+    chosen = [next(i for i in range(64) if torch.equal(shown[2][i], row[2])) for row in columns]
+    assert torch.equal(columns, torch.stack(shown, dim=1)[chosen])
 
 
 def test_without_mnist_digits_are_drawn_with_a_loud_warning_and_named_in_every_output(tmp_path, capsys):
