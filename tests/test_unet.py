@@ -41,10 +41,14 @@ def test_every_input_and_every_weight_matters():
         assert weight.grad is not None and weight.grad.abs().max() > 0, name
 
 
-def test_images_of_a_batch_do_not_see_each_other():
+def test_images_of_a_batch_do_not_see_each_other_and_their_layout_in_memory_does_not_matter():
     unet, given = shaken_unet(image_channels=3), (*torch.randn(2, 4, 3, 16, 16), torch.rand(4))
+    together = unet(*given)
     alone = torch.cat([unet(*(v[i : i + 1] for v in given)) for i in range(4)])
-    torch.testing.assert_close(unet(*given), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    for x in (given[0].contiguous(memory_format=torch.channels_last), given[0].mT.contiguous().mT):
+        assert not x.is_contiguous()
+        torch.testing.assert_close(unet(x, *given[1:]), together, atol=1e-5, rtol=1e-5)
 
 
 def test_an_x_of_another_shape_or_type_is_refused_with_what_is_wanted():
