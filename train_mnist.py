@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = None
     if flags.resume:
         if RANK == 0 and output_dir.is_dir():
-            utils.lock_folder(output_dir)  # for this run only; a new run's is locked by prepare_output
+            utils.lock_folder(output_dir)  # until this run ends; prepare_output locks a new run's
         checkpoint = utils.load_checkpoint(checkpoint_path, ("config", "step", "model", "ema", "optimizer"))
     config = utils.load_config(flags.config_path, vars(flags), checkpoint and vars(checkpoint["config"]))
     for name in FIXED if checkpoint else ():
