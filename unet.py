@@ -1,7 +1,8 @@
-"""The U-Net U(x, ỹ, γ): DDPM's, with changes from the paper's section 2.4 and our own.
+"""The U-Net U(x, y_t, γ): DDPM's, with changes from the paper's section 2.4 and our own.
 
-It sees the low-resolution image x, enlarged to the target size, beside the noisy image ỹ, and is told the noise level
-γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U.
+It sees the low-resolution image x, enlarged to the target size, beside the noisy image y_t, and is told the noise level
+γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U, which
+works at several scales: scale 0 is the image's resolution, and each further scale halves it.
 """
 
 import math
@@ -28,6 +29,8 @@ class ResidualBlock(nn.Module):
     H / 2 (`resample="down"`), or 2 H (`"up"`). The noise level, embedded in [B, embedding_dim], scales and shifts the
     second norm.
     """
+
+    has_skip = False  # between its halves the U connects stages only
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, resample: str):
         super().__init__()
@@ -73,6 +76,8 @@ class Stage(nn.Module):
     On the way down its output also feeds its mirror image on the way up.
     """
 
+    has_skip = True
+
     def __init__(self, block: ResidualBlock, attention: nn.Module):
         super().__init__()
         self.block, self.attention = block, attention
@@ -82,43 +87,31 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """U(x, ỹ, γ): x and ỹ [B, C, H, W] in [-1, 1] and γ [B] in [0, 1] -> [B, C, H, W].
+    """U(x, y_t, γ): x and y_t [B, C, H, W] and γ [B] in [0, 1] -> [B, C, H, W].
 
-    Level i of the U works at H / 2^i with features · channel_multipliers[i] channels. Each half has `blocks_per_level`
-    stages on every level; the output of a stage on the way down is concatenated to the input of its mirror image on the
-    way up. In stages whose resolution is in `attention_resolutions`, self-attention follows the residual block.
-
-    C is `image_channels`, 1 or 3; `image_size` is H and W. Raises ValueError for other channels, for an `image_size`
-    that doesn't halve evenly, for attention at a resolution that no level has, and for features that the norms' groups
-    or the attention's heads don't divide. `forward` raises it for an x whose shape, type or device is another.
+    Scale i of the U, counted from 0, works at H / 2^i with features · channel_multipliers[i] channels. Each half has
+    `blocks_per_level` stages on every scale; the output of a stage on the way down is concatenated to the input of its
+    mirror image on the way up. In stages whose resolution is in `attention_resolutions`, self-attention follows the
+    residual block. C is `image_channels`; `image_size` is H and W, which must halve evenly; features must be a multiple
+    of GROUPS and of `attention_heads`. `forward` raises ValueError for an x of another shape.
     """
 
     def __init__(
         self,
         image_channels: int,
         features: int,
-        channel_multipliers: tuple[int, ...],
+        channel_multipliers: list[int],
         blocks_per_level: int,
-        attention_resolutions: tuple[int, ...],
+        attention_resolutions: list[int],
         attention_heads: int,
         dropout: float,
         image_size: int,
     ):
         super().__init__()
-        levels = len(channel_multipliers)
-        widths = [features * multiplier for multiplier in channel_multipliers]  # channels of each level
-        sizes = [image_size // 2**i for i in range(levels)]  # resolution of each level
-        if image_channels not in (1, 3):
-            raise ValueError(f"channels is {image_channels}: it must be 1 (grey) or 3 (colour)")
-        if levels == 0 or image_size % 2 ** (levels - 1):
-            hint = "one number for each level, each at half the size of the level above"
-            raise ValueError(f"image_size {image_size} and channel_multipliers {channel_multipliers}: give {hint}")
-        if features % GROUPS or features % attention_heads:
-            heads = f"attention_heads, {attention_heads}"
-            raise ValueError(f"features is {features}: it must be a multiple of {GROUPS} and of {heads}")
-        if not set(attention_resolutions) <= set(sizes):
-            raise ValueError(f"attention_resolutions is {attention_resolutions}: the levels have {sizes}")
-        self.image_shape = (image_channels, image_size, image_size)
+        self.image_shape = [image_channels, image_size, image_size]
+        widths = [features * multiplier for multiplier in channel_multipliers]  # channels of each scale
+        sizes = [image_size // 2**i for i in range(len(widths))]  # resolution of each scale
+        last = len(widths) - 1
         embedding_dim = 4 * features
 
         def block(in_channels: int, out_channels: int, resample: str = "") -> ResidualBlock:
@@ -136,39 +129,39 @@ class UNet(nn.Module):
             nn.SiLU(),
         )
         self.conv_in = nn.Conv2d(2 * image_channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()  # built from the outside in, so `up` grows at its front
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
             for _ in range(blocks_per_level):
                 self.down.append(Stage(block(width, width), attention(i)))
-                self.up.insert(0, Stage(block(2 * width, width), attention(i)))
-            if i < levels - 1:
+            if i < last:
                 self.down.append(block(width, widths[i + 1], "down"))
-                self.up.insert(0, block(widths[i + 1], width, "up"))
-        self.middle = Stage(block(widths[-1], widths[-1]), attention(levels - 1))
+        self.middle = Stage(block(widths[last], widths[last]), attention(last))
+        for i, width in reversed(list(enumerate(widths))):
+            if i < last:
+                self.up.append(block(widths[i + 1], width, "up"))
+            for _ in range(blocks_per_level):
+                self.up.append(Stage(block(2 * width, width), attention(i)))
         self.norm_out = nn.GroupNorm(GROUPS, widths[0])
         self.conv_out = zero_init(nn.Conv2d(widths[0], image_channels, 3, padding=1))
 
     def forward(self, x: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
-        weight = self.conv_in.weight
-        if x.shape[1:] != self.image_shape or (x.dtype, x.device) != (weight.dtype, weight.device):
-            wanted = f"[B, {', '.join(map(str, self.image_shape))}] of {weight.dtype} on {weight.device}"
-            raise ValueError(f"x is {list(x.shape)} of {x.dtype} on {x.device}: the network wants {wanted}")
-
+        if list(x.shape[1:]) != self.image_shape:
+            raise ValueError(f"x is {list(x.shape)}: this network wants [B, {', '.join(map(str, self.image_shape))}]")
         # The noise level as the angle whose cosine is √γ and whose sine is √(1 - γ). It spreads the levels near γ = 0
         # and near γ = 1, where γ itself crowds them.
         angle = torch.atan2((1 - gamma).sqrt(), gamma.sqrt())  # [B]
         phases = rearrange(angle, "b -> b 1") * self.frequencies
-        embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1))  # [B, embedding_dim]
+        embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1).to(x.dtype))  # [B, embedding_dim]
 
-        h = self.conv_in(torch.cat([x, y_t], dim=1))  # [B, 2C, H, W] -> [B, width of level 0, H, W]
+        h = self.conv_in(torch.cat([x, y_t], dim=1))  # [B, 2C, H, W] -> [B, widths[0], H, W]
         skips = []
         for layer in self.down:
             h = layer(h, embedding)
-            if isinstance(layer, Stage):
+            if layer.has_skip:
                 skips.append(h)
         h = self.middle(h, embedding)
         for layer in self.up:
-            if isinstance(layer, Stage):
+            if layer.has_skip:
                 h = torch.cat([h, skips.pop()], dim=1)
             h = layer(h, embedding)
         return self.conv_out(F.silu(self.norm_out(h)))  # [B, C, H, W]

@@ -16,23 +16,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks on shared CPUs: threads would wait for each other
-for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-    os.environ.pop(variable, None)  # the tests are one rank, wherever they are started
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # each new process would wake the GPU; test_cuda.py tells more
+os.environ.pop("TORCHELASTIC_RUN_ID", None)  # the tests are one rank, wherever they are started
 
+import train_mnist  # first, as in the scripts: support comes before torch
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 
-import train_mnist
-import utils
+import support.data
+from support.digits import draw_digits
 
 TINY = {
     "dataset": "digits", "image_size": 16, "features": 8, "channel_multipliers": [1, 2], "attention_heads": 2,
     "dropout": 0.1, "sampling_steps": 4, "num_training_steps": 20, "batch_size": 4, "sample_every": 20,
     "early_samples": [], "precision": "float32",
 }  # fmt: skip
-DRAW_DIGITS = utils.draw_digits
+DRAW_DIGITS = draw_digits
 
 
 def raising(error):
@@ -55,7 +56,7 @@ def draw_few_digits(number, *arguments, **options):
 @pytest.fixture(autouse=True, scope="session")
 def few_digits():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "draw_digits", draw_few_digits)
+        patch.setattr(support.data, "draw_digits", draw_few_digits)
         yield
 
 
