@@ -5,22 +5,32 @@
 
 Takes checkpoints of SR3 and of the regression, of one data set, in any order. Prints a table, and writes to
 --output_dir results.md, the table with standard errors, and comparison.png, samples for eight images from ambiguous to
-clear.
+clear. The networks that judge are kept there, too, for the next time.
 """
 
-import argparse
+import hashlib
 import math
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import utils  # before torch: it lets the CPU do what an Apple GPU can't
+from support.data import load_data
+from support.errors import InputError, Parser, one_line_errors
+from support.machine import choose_device
+from support.output import check_writable, failures_noted, load_checkpoint, load_state, save_checkpoint, write_atomically
+from support.settings import HERE, check_together, number_reader
+
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 import metrics
 from sr3 import SR3, Regression
-from utils import HERE, InputError, fail, make_pair, super_resolve, to_unit, upsample
+from utils import downsample, load_model, make_pair, picture_of_columns, save_picture, super_resolve, to_float, to_unit
+from utils import upsample
 
 COLUMNS = {  # heading and format
     "psnr": ("PSNR ↑", ".1f"),
@@ -35,95 +45,149 @@ COLUMNS = {  # heading and format
 Score = tuple[float, float]  # a mean and its standard error
 
 
-@utils.errors_in_one_line("give a smaller --num_images")
+@dataclass
+class HeldOut:
+    """The N images that models are judged by, out of M in the test set, and what is known of them."""
+
+    truth: Tensor  # [N, C, H, W] in [0, 1]
+    low_res: Tensor  # [N, C, h, w] in [-1, 1]
+    context: Tensor  # x, [N, C, H, W], a little beyond [-1, 1]
+    seeds: Tensor  # int64 [N]: each image's number in the test set
+    total: int  # M: seeds + M are other seeds, and no other image's
+    labels: Tensor | None = None  # int64 [N]; without labels there is none of what follows
+    classifier: nn.Module | None = None
+    features: Tensor | None = None  # [M, 64]: the classifier's, of all real test images
+    guess: Tensor | None = None  # [N, classes]: p(class | x)
+
+
+@one_line_errors("give a smaller --num_images")
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser, above_0 = Parser(__doc__), number_reader(int, zero_allowed=False)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of train_mnist.py, or shipped")
-    parser.add_argument("--num_images", type=int, default=1000, help="test images to judge by; default: 1000")
-    parser.add_argument("--sampling_steps", type=int, help="refinement steps; default: those of the checkpoint")
+    parser.add_argument("--num_images", type=above_0, default=1000, help="test images to judge by; default: 1000")
+    parser.add_argument("--sampling_steps", type=above_0, help="refinement steps; default: those of the checkpoint")
     parser.add_argument("--data_dir", default=HERE / "data", help="where data sets are; default: data")
     parser.add_argument("--output_dir", default=HERE / "output", help="where the table goes; default: output")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)
-    if flags.num_images < 1:
-        raise InputError(f"--num_images is {flags.num_images}: give 1 or more")
-
-    device, output_dir = utils.choose_device(flags.device), Path(flags.output_dir)
+    device, output_dir = choose_device(flags.device), Path(flags.output_dir)
     models = load_models(flags.checkpoints, device, flags.sampling_steps)
     config = next(iter(models.values())).config
-    (images, labels), (test_images, test_labels) = utils.load_data(config, flags.data_dir, leave_out=output_dir)
+    check_writable(output_dir / "results.md")  # now, not after minutes
+    check_writable(output_dir / "comparison.png")
+
+    (images, labels), (test_images, test_labels) = load_data(config, flags.data_dir)
     chosen = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(0))[: flags.num_images]
     high_res, low_res, context = make_pair(test_images[chosen].to(device), config.low_res_size)
-    given = SimpleNamespace(truth=to_unit(high_res), low_res=to_unit(low_res), context=context, guess=None)
-    output_dir.mkdir(parents=True, exist_ok=True)
-
+    test = HeldOut(to_unit(high_res), low_res, context, chosen, total=len(test_images))
     if labels is not None:  # the networks that judge have something to learn
-        given.labels = test_labels[chosen].to(device)
-        given.classifier = metrics.train_classifier(images.to(device), labels.to(device))
-        given.features = metrics.in_parts(given.classifier[:-1], test_images.to(device) / 255)
-        small = to_unit(make_pair(images, config.low_res_size)[1]).to(device)  # [N, C, h, w]
-        guesser = metrics.train_guesser(small, labels.to(device))
-        given.guess = metrics.in_parts(guesser, given.low_res).softmax(dim=1)  # [N, classes]: p(class | x)
+        test.labels = test_labels[chosen].to(device)
+        test.classifier, guesser = find_judges(output_dir, config, images, labels, device)
+        test.features = metrics.predict(test.classifier[:-1], test_images.to(device) / 255)
+        test.guess = metrics.predict(guesser, to_unit(low_res)).softmax(dim=1)
 
     noun = "digits" if config.dataset in ("mnist", "digits") else "images"
     bicubic = (255 * to_unit(context)).round() / 255
-    rows = {f"real {noun}": score(given.truth, given), "bicubic": score(bicubic, given)}
+    rows = {f"real {noun}": score(test.truth, test), "bicubic": score(bicubic, test)}
     for name, model in models.items():
-        first, second = (super_resolve(model, context, model.config.sampling_steps, seed) for seed in (0, 1))
-        rows[name] = score(first, given, again=second)
-    rows["a perfect sampler"] = perfect_sampler(given, rows)
+        first = super_resolve(model, low_res, test.seeds.tolist())
+        second = super_resolve(model, low_res, (test.seeds + test.total).tolist())
+        rows[name] = score(first, test, second)
+    rows["a perfect sampler"] = perfect_sampler(test, rows)
 
     trained = ", ".join(f"{name}: {model.step:,} training steps" for name, model in models.items())
     sizes = f"{config.low_res_size}×{config.low_res_size} → {config.image_size}×{config.image_size}"
     note = f"\n{len(chosen):,} test images of {config.dataset}, {sizes}. {trained}.\n"
-    utils.write_atomically(output_dir / "results.md", (format_table(rows, with_errors=True) + note).encode())
+    print(format_table(rows) + note, end="", flush=True)  # first: what follows may fail
+    failures = []
+    with failures_noted(failures):
+        write_atomically(output_dir / "results.md", (format_table(rows, with_errors=True) + note).encode())
     if "SR3" in models:
-        save_comparison(output_dir / "comparison.png", models, given)
-    print(format_table(rows) + note, end="")
+        picture = compare(models, test)
+        with failures_noted(failures):
+            save_picture(output_dir / "comparison.png", picture)
+    if failures:
+        sys.exit(2)
 
 
 def load_models(paths: list[str], device: torch.device, steps: int | None) -> dict[str, SR3 | Regression]:
     """The models by the names of their rows, regressions first. Raises InputError where they are of different data."""
-    models, wanted = {}, None
+    regressions, samplers, wanted = {}, {}, {}
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f"{path} is given twice; give each checkpoint once")
-        model = utils.load_model(path, device)
-        model.config = utils.load_config(flags={"sampling_steps": steps}, base=vars(model.config))
-        data = {name: getattr(model.config, name) for name in ("dataset", "image_size", "low_res_size", "channels")}
-        wanted = wanted or data
-        for name, value in data.items():
-            if value != wanted[name]:
-                values = f"{name} is {value} in {path}, {wanted[name]} in {paths[0]}"
+        model = load_model(path, device)
+        model.config.sampling_steps = steps or model.config.sampling_steps
+        check_together(model.config)
+        for setting in ("dataset", "image_size", "low_res_size", "channels"):
+            value = getattr(model.config, setting)
+            if value != wanted.setdefault(setting, value):
+                values = f"{setting} is {value} in {path}, {wanted[setting]} in {paths[0]}"
                 raise InputError(f"{values}: give checkpoints of one data set")
-        name = "SR3" if isinstance(model, SR3) else "regression"
-        models[f"{name} ({path})" if name in models else name] = model
-    return dict(sorted(models.items(), key=lambda item: isinstance(item[1], SR3)))
+        name, alike = ("SR3", samplers) if isinstance(model, SR3) else ("regression", regressions)
+        alike[f"{name} ({path})" if name in alike else name] = model
+    return regressions | samplers
 
 
-def score(images: Tensor, given: SimpleNamespace, again: Tensor | None = None) -> dict[str, Score]:
-    """All metrics of images [N, C, H, W] in [0, 1] that can be had; `again` are other samples for the same x."""
+def find_judges(folder: Path, config: SimpleNamespace, images: Tensor, labels: Tensor, device: torch.device):
+    """The classifier and the guesser for training images, uint8 [N, C, H, W], and labels, [N], both on the CPU.
+
+    They are read from a file in the folder, named by data and settings. Where there is none that is whole and of these
+    very images, they are trained and written there; if that fails, a line says so.
+    """
+    data = f"{config.dataset}-{config.channels}x{config.low_res_size}-{config.image_size}-{len(images)}"
+    path = folder / f"judges-{data}.pt"
+    data += "".join(hashlib.sha256(tensor.contiguous().numpy()).hexdigest() for tensor in (images, labels))
+    classes = int(labels.max()) + 1
+    classifier = metrics.small_network(config.channels, classes).to(device)
+    guesser = metrics.guessing_network(config.channels * config.low_res_size**2, classes).to(device)
+    with suppress(OSError, InputError):  # there is none, or it is damaged
+        kept = load_checkpoint(path, ("data", "classifier", "guesser"))
+        if kept["data"] == data:
+            load_state(classifier, kept["classifier"], path)
+            load_state(guesser, kept["guesser"], path)
+            print(f"judges read from {path}; delete it to train them again", flush=True)
+            return classifier.eval(), guesser.eval()
+    classifier = metrics.train_classifier(images.to(device), labels.to(device))
+    low_res = to_unit(downsample(to_float(images), config.low_res_size))  # [N, C, h, w]
+    guesser = metrics.train_guesser(low_res.to(device), labels.to(device))
+    with failures_noted([]):
+        save_checkpoint(path, {"data": data, "classifier": classifier.state_dict(), "guesser": guesser.state_dict()})
+    return classifier, guesser
+
+
+def score(images: Tensor, test: HeldOut, second: Tensor | None = None) -> dict[str, Score]:
+    """All metrics of images [N, C, H, W] in [0, 1] that can be had; `second` are other samples for the same x."""
     scores = {
-        "psnr": mean_of(metrics.psnr(images, given.truth)),
-        "ssim": mean_of(metrics.in_parts(metrics.ssim, images, given.truth)),
-        "consistency": mean_of(metrics.consistency(images, given.low_res)),
+        "psnr": mean_of(metrics.psnr(images, test.truth)),
+        "ssim": mean_of(metrics.ssim(images, test.truth)),
+        "consistency": mean_of(metrics.consistency(images, to_unit(test.low_res))),
     }
     if images.shape[1] == 3:
-        scores["color_shift"] = mean_of(metrics.color_shift(images, given.truth))
-    if given.guess is not None:
-        scores["accuracy"] = mean_of(metrics.accuracy(images, given.labels, given.classifier))
-        features = metrics.in_parts(given.classifier[:-1], images)
-        scores["frechet"] = jackknife(lambda i: metrics.frechet_distance(features[i], given.features), len(images))
-    if len(images) >= 50:  # fewer teach the judge nothing
-        scores["fool_rate"] = mean_of(metrics.fool_rate(images, given.truth, to_unit(given.context)))
-    if again is not None:
-        spread, error = (metrics.squared_difference(images, others) for others in (again, given.truth))
-        scores["spread"] = jackknife(lambda i: (spread[i].mean() / error[i].mean()).item(), len(images))
+        scores["color_shift"] = mean_of(metrics.color_shift(images, test.truth))
+    if test.labels is not None:
+        scores["accuracy"] = mean_of(metrics.accuracy(images, test.labels, test.classifier))
+        features = metrics.predict(test.classifier[:-1], images)
+
+        def distance(indices: Tensor) -> float:
+            return metrics.frechet_distance(features[indices], test.features)
+
+        scores["frechet"] = jackknife(distance, len(images))
+    if len(images) >= 50:  # fewer teach the judges nothing
+        context = to_unit(test.context)
+        scores["fool_rate"] = fooled([metrics.fool_rate(images, test.truth, context, seed) for seed in range(3)])
+    if second is not None:
+        spread = metrics.squared_difference(images, second).cpu()
+        error = metrics.squared_difference(images, test.truth).cpu()
+
+        def ratio(indices: Tensor) -> float:
+            return (spread[indices].mean() / error[indices].mean()).item()
+
+        scores["spread"] = jackknife(ratio, len(images))
     return scores
 
 
-def perfect_sampler(given: SimpleNamespace, rows: dict[str, dict[str, Score]]) -> dict[str, Score]:
+def perfect_sampler(test: HeldOut, rows: dict[str, dict[str, Score]]) -> dict[str, Score]:
     """What samples of p(y | x) itself would score: estimates, since nobody has that sampler.
 
     PSNR: their squared error is twice the variance of p(y | x), the error of the best regression, so 3.0 dB below it.
@@ -135,8 +199,8 @@ def perfect_sampler(given: SimpleNamespace, rows: dict[str, dict[str, Score]]) -
     if regressions:
         best, error = max(regressions)
         scores["psnr"] = (best - 10 * math.log10(2), error)
-    if given.guess is not None:
-        scores["accuracy"] = mean_of(given.guess.gather(1, given.labels[:, None])[:, 0])
+    if test.labels is not None:
+        scores["accuracy"] = mean_of(test.guess.gather(1, test.labels[:, None])[:, 0])
         scores["frechet"] = next(iter(rows.values()))["frechet"]
     return scores
 
@@ -145,6 +209,19 @@ def mean_of(values: Tensor) -> Score:
     """The mean of values [N], one for each image, and its standard error."""
     values = values.cpu().double()
     return values.mean().item(), values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def fooled(verdicts: list[Tensor]) -> Score:
+    """The mean of the judges' verdicts, [N] each as of `fool_rate`, and its standard error.
+
+    It tells of both, the images' luck and the judges': the squares of the error over the images' means and of the
+    spread between the judges' rates / √judges are added.
+    """
+    verdicts = torch.stack(verdicts).double()  # [judges, N], NaN for images that a judge was not asked about
+    of_images = verdicts.nanmean(dim=0)
+    _, images_error = mean_of(of_images[~of_images.isnan()])
+    rate, judges_error = mean_of(verdicts.nanmean(dim=1))
+    return rate, math.hypot(images_error, judges_error)
 
 
 def jackknife(statistic: Callable[[Tensor], float], number: int) -> Score:
@@ -171,28 +248,31 @@ def format_table(rows: dict[str, dict[str, Score]], with_errors: bool = False) -
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def save_comparison(path: Path, models: dict[str, SR3 | Regression], given: SimpleNamespace) -> None:
+def compare(models: dict[str, SR3 | Regression], test: HeldOut) -> Image.Image:
     """The input, the regression's answer, the mean of eight samples, four of them, and the truth; a row for each image.
 
-    The images are eight from ambiguous to clear: evenly spaced in the entropy of `given.guess`, [N, classes], what a
-    network says that sees x alone. Without it they are the first eight.
+    The images are eight from ambiguous to clear by the entropy of `test.guess`. Of all, the 5% most ambiguous, whose
+    samples are no digits, and the clearest quarter are left out; so five of the eight, evenly spaced, are of the more
+    ambiguous half. Without a guess they are the first eight.
     """
-    chosen = list(range(min(8, len(given.truth))))
-    if given.guess is not None:
-        entropy = torch.special.entr(given.guess).sum(dim=1).cpu()  # [N]
-        for i, target in enumerate(torch.linspace(entropy.max(), entropy.min(), len(chosen))):
-            distance = (entropy - target).abs()
-            distance[chosen[:i]] = torch.inf  # none comes twice
-            chosen[i] = distance.argmin().item()
-    model, truth, context = models["SR3"], given.truth[chosen], given.context[chosen]
-    samples = super_resolve(model, context.repeat_interleave(8, dim=0), model.config.sampling_steps)
-    samples = samples.unflatten(0, (-1, 8)).transpose(0, 1)  # [8, B, C, H, W]
-    columns = {"input": upsample(given.low_res[chosen], truth.shape[-1], "nearest-exact")}
+    number, rows = min(8, len(test.truth)), torch.arange(len(test.truth))
+    if test.guess is not None:
+        rows = torch.special.entr(test.guess.cpu()).sum(dim=1).argsort(descending=True)  # the most ambiguous first
+        first = len(rows) // 20
+        last = max(3 * len(rows) // 4, first + number - 1)  # few images are taken one by one
+        rows = rows[torch.linspace(first, last, number).round().long()]
+    rows = rows[:number]
+    truth, low_res = test.truth[rows], test.low_res[rows]
+    columns = {"input": to_unit(upsample(low_res, truth.shape[-1], "nearest-exact"))}
     if "regression" in models:
-        columns["regression"] = super_resolve(models["regression"], context, steps=1)
-    columns |= {"mean of 8 samples": samples.mean(dim=0)} | {f"sample {i + 1}": samples[i] for i in range(4)}
+        columns["regression"] = super_resolve(models["regression"], low_res, test.seeds[rows].tolist())
+    seeds = test.seeds[rows] + test.total * torch.arange(8)[:, None]  # [8, B]: the first two are those of the table
+    samples = super_resolve(models["SR3"], low_res.repeat(8, 1, 1, 1), seeds.flatten().tolist()).unflatten(0, (8, -1))
+    columns["mean of 8 samples"] = samples.mean(dim=0)
+    for i in range(4):
+        columns[f"sample {i + 1}"] = samples[i]  # [B, C, H, W]
     columns["truth"] = truth
-    utils.save_columns(path, columns, model.config.dataset, scale=3)
+    return picture_of_columns(columns, scale=3)
 
 
 if __name__ == "__main__":

@@ -3,87 +3,99 @@
     python sample.py output/reference/8x/sr3.pt my_seven.png
     python sample.py output/reference/8x/sr3.pt --num_samples 8 --seed 1
 
-Each picture is cropped to a square and shrunk to the low resolution that the model was trained for, unless it has that
-size already. Without a picture, eight digits are drawn. The result is one picture with a row for each input: the input,
-its bicubic enlargement, the samples, and the original.
+A model of MNIST, or of drawn digits, knows digits that are white on black, of one size and in the middle: so your own
+drawing or photo of a digit is turned round, scaled and moved until it is framed like them. What the model gets is the
+row's "original", shrunk; --as_is leaves all pictures as they are, apart from cropping them to their middle squares, as
+is done for other models, too. A picture of the model's low resolution is the input itself, without an original.
+
+Without a picture, eight digits are drawn. The result is one picture with a row for each input: the input, its bicubic
+enlargement, the samples, and the original. Sample j of each, from 0, depends on --seed + j and the input only.
 """
 
-import argparse
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import utils  # before torch: it lets the CPU do what an Apple GPU can't
+from support.digits import draw_digits
+from support.errors import InputError, Parser, one_line_errors
+from support.framing import frame_digit
+from support.machine import choose_device
+from support.output import check_writable
+from support.pictures import PICTURE_ERRORS, read_picture
+from support.settings import check_together, number_reader
+
 import torch
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from utils import InputError, downsample, fail, to_float, to_unit, upsample
+from utils import downsample, load_model, picture_of_columns, save_picture, super_resolve, to_float, to_unit, upsample
 
 
-@utils.errors_in_one_line("give fewer pictures, or a smaller --num_samples")
+@one_line_errors("give fewer pictures, or a smaller --num_samples")
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    positive, not_negative = number_reader(int, zero_allowed=False), number_reader(int, zero_allowed=True)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of train_mnist.py, or shipped")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="MNIST's digits are centred, white on black")
-    parser.add_argument("--num_samples", type=int, default=4, help="samples for each picture; default: 4")
-    parser.add_argument("--sampling_steps", type=int, help="refinement steps; default: the checkpoint's")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
-    parser.add_argument("--invert", action="store_true", help="turn dark into light and light into dark")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="drawings or photos of any size, or low-resolution")
+    parser.add_argument("--num_samples", type=positive, default=4, help="samples for each picture; default: 4")
+    parser.add_argument("--sampling_steps", type=positive, help="refinement steps; default: the checkpoint's")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of each picture's first sample; default: 0")
+    parser.add_argument("--as_is", action="store_true", help="don't frame digits as MNIST's are")
     parser.add_argument("--output", default="samples.png", help="the picture to write; default: samples.png")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
-    if not 1 <= flags.num_samples <= 1000:
-        raise InputError(f"--num_samples is {flags.num_samples}: give a number from 1 to 1,000")
     output = Path(flags.output)
     if output.suffix.lower() != ".png":
         raise InputError(f"--output is {output}: its name must end in .png")
     started = time.perf_counter()
-    device = utils.choose_device(flags.device)
-    model = utils.load_model(flags.checkpoint, device)
-    config = utils.load_config(flags=vars(flags), base=vars(model.config))
+    device = choose_device(flags.device)
+    model = load_model(flags.checkpoint, device)
+    config = model.config
+    config.sampling_steps = flags.sampling_steps or config.sampling_steps
+    check_together(config)
 
+    # Each image is [1, C, side, side] in [-1, 1]; they differ in side.
     if flags.pictures:
-        images = [read_square(path, config, flags.invert) for path in flags.pictures]
+        images = [to_float(read_image(path, config, flags.as_is)) for path in flags.pictures]
     else:
-        images = utils.draw_digits(8, config.image_size, config.channels, seed=config.seed)[0].split(1)
-    images = [to_float(image) for image in images]  # [1, C, side, side] each, in [-1, 1]
+        digits, _ = draw_digits(8, config.image_size, config.channels, seed=flags.seed)
+        images = to_float(digits).split(1)
+    check_writable(output)
     low_res = torch.cat([downsample(image, config.low_res_size) for image in images])  # [N, C, h, w]
-    context = upsample(low_res, config.image_size)  # [N, C, H, W]
 
     number = flags.num_samples if config.method == "sr3" else 1  # a regression has one answer
-    x = context.repeat_interleave(number, dim=0).to(device)
-    samples = utils.super_resolve(model, x, config.sampling_steps, config.seed).cpu().unflatten(0, (-1, number))
-    columns = {"input": to_unit(upsample(low_res, config.image_size, "nearest-exact")), "bicubic": to_unit(context)}
-    for i in range(number):
-        columns[f"sample {i + 1}" if config.method == "sr3" else "regression"] = samples[:, i]  # [N, C, H, W]
-    originals = torch.cat([downsample(image, config.image_size) for image in images])
+    seeds = list(range(flags.seed, flags.seed + number)) * len(images)
+    samples = super_resolve(model, low_res.repeat_interleave(number, dim=0).to(device), seeds).cpu()
+    samples = samples.unflatten(0, (-1, number))  # [N, number, C, H, W]
+
+    bicubic = upsample(low_res, config.image_size)
+    columns = {"input": to_unit(upsample(low_res, config.image_size, "nearest-exact")), "bicubic": to_unit(bicubic)}
+    for j in range(number):
+        columns[f"sample {j + 1}" if config.method == "sr3" else "regression"] = samples[:, j]
     has_original = torch.tensor([image.shape[-1] > config.low_res_size for image in images])
-    originals[~has_original] = 0  # grey: an input without an original
     if has_original.any():
+        originals = torch.cat([downsample(image, config.image_size) for image in images])
+        originals[~has_original] = 0  # grey
         columns["original"] = to_unit(originals)
-    utils.save_columns(output, columns, f"seed {config.seed}", scale=max(1, 100 // config.image_size))
-    print(f"{output}: {len(images)} × {number} samples, seed {config.seed}, {time.perf_counter() - started:.0f} s")
+    save_picture(output, picture_of_columns(columns, scale=max(1, 100 // config.image_size)))
+    print(f"{output}: {len(images)} × {number} samples, seed {flags.seed}, {time.perf_counter() - started:.0f} s")
 
 
-def read_square(path: str, config: SimpleNamespace, invert: bool) -> Tensor:
-    """The middle square of a picture file: uint8 [1, C, side, side]. Raises InputError where it can't be used."""
+def read_image(path: str, config: SimpleNamespace, as_is: bool) -> Tensor:
+    """A picture file, framed or cropped: uint8 [1, C, side, side]. Raises InputError where it can't be used."""
     try:
-        picture = utils.read_picture(path, config.channels)
-    except Exception as error:  # a damaged picture can raise almost anything
-        reason = getattr(error, "strerror", None) or error
+        picture = read_picture(path, config.channels)
+    except PICTURE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"{path} can't be read as a picture ({reason}); give another") from None
-    image = TF.pil_to_tensor(TF.center_crop(picture, min(picture.size)))[None]
     size = config.low_res_size
-    if image.shape[-1] < size:
+    is_digit = config.dataset in ("mnist", "digits") and config.channels == 1
+    if is_digit and not as_is and picture.size != (size, size):
+        return frame_digit(picture, config.image_size, path)
+    if min(picture.size) < size:
         sizes = f"{picture.width}×{picture.height} pixels, the model's input {size}×{size}"
         raise InputError(f"{path} has {sizes}; give a larger one")
-    image = 255 - image if invert else image
-    if config.dataset in ("mnist", "fashion_mnist") and image.float().mean() > 127:
-        print(f"{path} is mostly light; {config.dataset} is white on black: --invert turns it round", file=sys.stderr)
-    return image
+    return TF.pil_to_tensor(TF.center_crop(picture, min(picture.size)))[None]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
     python train_mnist.py --resume
     torchrun --standalone --nproc_per_node=8 train_mnist.py --batch_size 128
 
-Read this script from top to bottom beside the paper (arXiv 2104.07636), then sr3.py, then unet.py, then utils.py. All
-settings and their reasons are in configs/mnist.toml. What lies in support/ is needed, but teaches nothing of SR3.
+Read this script from top to bottom beside the paper (arXiv 2104.07636), then sr3.py, unet.py and utils.py. All settings
+and their reasons are in configs/mnist.toml. What lies in support/ is needed, but teaches nothing of SR3.
 """
 
 import math
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from metrics import consistency, psnr, ssim
-from utils import build_model, make_pair, picture_of, picture_of_columns, save_picture, to_unit, upsample
+from utils import build_model, make_pair, to_unit, upsample
+from utils import picture_of, picture_of_columns, save_animation, save_picture
 
 BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
 LOG_EVERY = 100  # steps between two rows of the log
@@ -40,7 +41,6 @@ def main(arguments: list[str] | None = None) -> None:
     # Those of configs/mnist.toml, overridden by the lines of --config_path, then by the flags. A resumed run starts
     # from its checkpoint's settings instead, so none needs to be repeated.
     parser = Parser(__doc__)
-    parser.add_argument("--config_path", help="a file of settings that differ from configs/mnist.toml")
     parser.add_argument("--data_dir", default=HERE / "data", help="folder of the data sets; default: data")
     parser.add_argument("--output_dir", default=HERE / "output", help="folder of the results; default: output")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
@@ -52,23 +52,21 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.resume:
         checkpoint = output.load_checkpoint(checkpoint_path, ("config", "step", "model", "ema", "optimizer"))
     config = parse_settings(parser, arguments, checkpoint and checkpoint["config"])
+    if config.dataset == "folder" and output_dir.resolve() == Path(flags.data_dir).resolve():
+        raise InputError(f"{output_dir} holds the pictures to learn from; give another --output_dir")
 
     # 2. Data ----------------------------------------------------------------------------------------------------------
     # All training images on the device (MNIST: 61 MB), and 64 test images for the grids. Where MNIST can't be had, a
-    # new run draws digits instead, and config.dataset becomes "digits". The labels are not needed. Each of the `ranks`
-    # processes that torchrun may have started has a device of its own, and its share of each batch.
+    # new run draws digits instead, and config.dataset becomes "digits". The labels are not needed. torchrun starts
+    # several processes, `ranks`, each with a device of its own and its share of each batch.
     device = machine.choose_device(flags.device)
     rank, ranks = machine.join_ranks(device)
-    batch_size, remainder = divmod(config.batch_size, ranks)
-    if remainder:
-        raise InputError(f"batch_size is {config.batch_size}: {ranks} ranks don't divide it")
+    batch_size = machine.share_of_batch(config.batch_size, ranks)
     with machine.first_rank_first(rank, ranks):
         load = load_data if checkpoint else load_data_or_digits
         (images, _), (test_images, _) = load(config, flags.data_dir)
     numbers = [len(images), len(test_images)]
-    if checkpoint and checkpoint.get("images", numbers) != numbers:
-        was = "there are {} and {} images for training and testing, when this run began there were {} and {}"
-        raise InputError(f"{was.format(*numbers, *checkpoint['images'])}: a resumed run can't change its data")
+    output.check_same_data(checkpoint, numbers)
     images, grid_images = images.to(device), test_images[:64].to(device)  # uint8 [N or 64, C, H, W]
 
     # 3. Model ---------------------------------------------------------------------------------------------------------
@@ -77,7 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True  # shapes don't change, so the fastest convolutions are worth finding
     model = build_model(config).to(device)
     ema = deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)  # its learning rate is set in each step
+    rate = torch.zeros((), device=device)  # the learning rate: a tensor, which is filled before each step
+    optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
     step, log = 0, []
     if checkpoint:
         for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
@@ -86,12 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
     precision = machine.choose_precision(config.precision, device)
     if rank == 0:
-        sizes = f"{config.image_size}×{config.image_size} from {config.low_res_size}×{config.low_res_size}"
-        weights = sum(weight.numel() for weight in model.parameters())
-        print(f"{config.dataset}: {len(images):,} images of {sizes}; {weights:,} weights;", end=" ")
-        print(f"{ranks} × {device.type} in {precision}; output: {output_dir}")
-        print("To look at there: progress.png, samples as the training goes on; sr, lr, hr and refinement, by step: the")
-        print("samples, their inputs, the truth, and how samples form; log.csv, the losses", flush=True)
+        print(f"{config.dataset}: {len(images):,} images; {ranks} × {device.type} in {precision}. {output_dir} will hold")
+        print("progress.png, log.csv, checkpoint.pt; by step: sr (samples), lr (inputs), hr (truth), refinement", flush=True)
 
     # 4. Training: Algorithm 1 -----------------------------------------------------------------------------------------
     def training_step() -> Tensor:
@@ -108,8 +103,10 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.step()
         return loss.detach()
 
+    training_step = machine.record(training_step, device, ranks)  # a GPU repeats it from a recording
+    averages, weights = list(ema.parameters()), list(model.parameters())
     losses, failures = [], []  # since the last row of the log: losses, and files that could not be written
-    lock = output.lock(output_dir) if rank == 0 else nullcontext()  # no other run may write there meanwhile
+    lock = output.lock(output_dir) if rank == 0 else nullcontext()  # keeps other runs out
     with lock, machine.caught_signals(ranks) as signals:  # a list, empty until Ctrl-C or SIGTERM
         if rank == 0 and not checkpoint:
             output.prepare_output(output_dir)
@@ -118,18 +115,16 @@ def main(arguments: list[str] | None = None) -> None:
         for step in bar:  # "until converged"
             torch.manual_seed(hash((config.seed, step, rank)))  # in each step, so that a resumed run draws the same
             learning_rate = config.learning_rate * min(1, step / max(1, config.warmup_steps))
-            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)
             loss = training_step()
             # DDPM, too, averages its weights; this average covers about the last ninth of the steps so far.
             with torch.no_grad():
-                for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
-                    average.lerp_(weight, 9 / (10 + step))
+                torch._foreach_lerp_(averages, weights, 9 / (10 + step))  # average.lerp_(weight, …) for all at once
 
-            # What is due after this step: a row of the log, pictures, the checkpoint, log.csv. Only this waits for the
-            # device. Every rank trains; the first one does the rest.
+            # What is due after this step? Only this waits for the device. Every rank trains, the first one does the rest.
             if rank > 0:
                 continue
-            losses.append(loss)
+            losses.append(loss.clone())  # the next step may overwrite it
             last = step == config.num_training_steps
             stopping = bool(signals) and not last
             drawing = last or (step % config.sample_every == 0 or step in config.early_samples) and not stopping
@@ -138,20 +133,16 @@ def main(arguments: list[str] | None = None) -> None:
             if not (drawing or stopping or step % LOG_EVERY == 0):
                 continue
             loss = torch.stack(losses).mean().item()
-            if not (math.isfinite(loss) and all(weight.isfinite().all() for weight in model.parameters())):
+            if not (math.isfinite(loss) and all(weight.isfinite().all() for weight in weights)):
                 bar.close()
-                kept = f"{checkpoint_path} is as it was" if checkpoint_path.exists() else "nothing is saved"
-                end(f"step {step}: loss {loss} or a weight is not finite; lower --learning_rate; {kept}", status=1)
+                end(f"step {step}: loss {loss} or a weight is not finite: not saved; lower --learning_rate", status=1)
             row = {"dataset": config.dataset, "step": step, "loss": loss, "learning_rate": learning_rate}
             log.append(row)
             losses, failures = [], []
             if drawing:
-                bar.set_description_str("drawing")
                 with output.failures_noted(failures):
                     row |= draw(ema, grid_images, config, precision, output_dir, step)
-                    line = f"step {step}: PSNR {row['psnr']:.1f} dB; {output_dir}/sr-{step:06d}.png"
-                    bar.write(line, file=sys.stderr)
-                bar.set_description_str()
+                    bar.write(f"step {step}: PSNR {row['psnr']:.1f} dB; sr-{step:06d}.png", file=sys.stderr)
             if drawing or stopping:
                 state = {"config": vars(config), "images": numbers, "step": step, "log": log}
                 state |= {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
@@ -167,63 +158,57 @@ def main(arguments: list[str] | None = None) -> None:
     if step < config.num_training_steps:
         print(f"stopped after step {step}; the same command with --resume goes on from there")
         raise SystemExit(128 + signals[0])
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
+    machine.leave_ranks(ranks)
     if rank == 0:
-        path = shlex.quote(str(checkpoint_path))
-        data = "" if flags.data_dir == HERE / "data" else f" --data_dir {shlex.quote(str(flags.data_dir))}"
-        print(f"all {step} steps are done; to judge them: python evaluate.py {path}{data}")
-        print(f"and to draw with them: python sample.py {path}")
+        path, data = shlex.quote(str(checkpoint_path)), shlex.quote(str(flags.data_dir))
+        print(f"all {step} steps are done; judge them: python evaluate.py {path} --data_dir {data}")
+        print(f"and draw with them: python sample.py {path}")
 
 
 def draw(model: nn.Module, images: Tensor, config, precision: str, output_dir: Path, step: int) -> dict:
     """Draws the same images from the same noise each time, and returns their metrics, the last columns of the log.
 
     Grids hr: the targets; lr: the inputs; sr: the results; refinement: the estimates ŷ_0 at six noise levels, for the
-    eight images where they change most. progress.png: the first eight results of all drawings so far. The animation,
-    of the last step, shows the input, ŷ_0 and y_t.
+    eight images where they change most. The animation, after the last step, shows the input, ŷ_0 and y_t.
     """
-    # Draw.
+    # Draw: at most 50 pairs of y_t and ŷ_0 are kept, by step, the last one among them.
     high_res, low_res, context = make_pair(images, config.low_res_size)  # [64, C, H or h, W or w]
     generators = [torch.Generator().manual_seed(number) for number in range(len(images))]
-    steps = config.sampling_steps if config.method == "sr3" else 1
-    kept = {}  # by step, at most 50 pairs of y_t and ŷ_0, the last one among them
+    steps, kept = config.sampling_steps if config.method == "sr3" else 1, {}
     with machine.autocast(images.device, precision):
         for i, pair in enumerate(model.refine(context, steps, generators), start=1):
             if (steps - i) % math.ceil(steps / 50) == 0:
                 kept[i] = pair
     super_res = kept[steps][0]  # [64, C, H, W]
 
-    # Choose and save.
+    # Save the grids.
     pixels = upsample(low_res, config.image_size, "nearest-exact")  # [64, C, H, W], of h × w visible squares
     for name, grid in (("hr", high_res), ("lr", pixels), ("sr", super_res)):
         save_picture(output_dir / f"{name}-{step:06d}.png", picture_of(to_unit(grid), 8))
     output.save_progress(output_dir, row_height=2 * (config.image_size + 2))
+
+    # Choose what the refinement shows.
     columns = {"input": pixels}
     if config.method == "sr3":  # a regression has no steps to show
-        shown = [list(kept)[(len(kept) - 1) * i // 6] for i in range(6)]
-        columns |= {f"gamma\n{model.levels(steps)[i - 1]:.2g}": kept[i][1] for i in shown}  # step i starts there
+        levels = model.levels(steps)  # step i, counted from 1, starts at levels[i - 1]
+        chosen = [list(kept)[(len(kept) - 1) * i // 6] for i in range(6)]
+        columns |= {f"gamma\n{levels[i - 1]:.2g}": kept[i][1] for i in chosen}
     columns |= {"result": super_res, "truth": high_res}
-    change = (next(iter(kept.values()))[1] - super_res).square().mean(dim=(1, 2, 3))  # from the first estimate
+    change = (next(iter(kept.values()))[1] - super_res).square().mean(dim=(1, 2, 3))  # since the first estimate
     rows = change.argsort(descending=True, stable=True)[:8]
     columns = {label: to_unit(column[rows]) for label, column in columns.items()}
     save_picture(output_dir / f"refinement-{step:06d}.png", picture_of_columns(columns))
+
+    # Animate.
     if config.method == "sr3" and step == config.num_training_steps:
-        frames = []
-        for y_t, y_0_hat in kept.values():
-            cells = torch.stack([pixels, y_0_hat, y_t], dim=1)[:16]  # [16, 3, C, H, W]
-            frames.append(picture_of(to_unit(cells.flatten(0, 1)), 12))
-        pauses = [200] * (len(frames) - 1) + [3000]  # milliseconds
-        animation = {"save_all": True, "append_images": frames[1:], "duration": pauses, "loop": 0}
-        save_picture(output_dir / "refinement.gif", frames[0], **animation)
+        cells = [torch.stack([pixels, y_0_hat, y_t], dim=1)[:16] for y_t, y_0_hat in kept.values()]  # [16, 3, C, H, W]
+        frames = [picture_of(to_unit(cell.flatten(0, 1)), 12) for cell in cells]
+        save_animation(output_dir / "refinement.gif", frames)
 
     # Measure.
-    result, truth = to_unit(super_res), to_unit(high_res)
-    return {
-        "psnr": psnr(result, truth).mean().item(),
-        "ssim": ssim(result, truth).mean().item(),
-        "consistency": consistency(result, to_unit(low_res)).mean().item(),
-    }
+    result, truth, small = to_unit(super_res), to_unit(high_res), to_unit(low_res)
+    scores = {"psnr": psnr(result, truth), "ssim": ssim(result, truth), "consistency": consistency(result, small)}
+    return {name: values.mean().item() for name, values in scores.items()}
 
 
 if __name__ == "__main__":

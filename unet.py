@@ -35,9 +35,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, resample: str):
         super().__init__()
         self.norm1 = nn.GroupNorm(GROUPS, in_channels)
-        # Bilinear at half the size is the mean of 2×2 pixels; measured: twice AvgPool2d's speed in bfloat16 on a CPU.
-        halve, double = nn.Upsample(scale_factor=0.5, mode="bilinear"), nn.Upsample(scale_factor=2)
-        self.resample = {"": nn.Identity(), "down": halve, "up": double}[resample]
+        self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.scale_shift = nn.Linear(embedding_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(GROUPS, out_channels)

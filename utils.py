@@ -66,15 +66,10 @@ def build_model(config: SimpleNamespace) -> SR3 | Regression:
     except ValueError as error:
         raise InputError(error) from None  # what else goes wrong in a model is a bug
     unet = UNet(
-        config.channels,
-        config.features,
-        config.channel_multipliers,
-        config.blocks_per_level,
-        config.attention_resolutions,
-        config.attention_heads,
-        config.dropout,
-        config.image_size,
-    )
+        config.channels, config.features, config.channel_multipliers, config.blocks_per_level,
+        config.attention_resolutions, config.attention_heads, config.dropout, config.image_size,
+    )  # fmt: skip
+    unet = unet.to(memory_format=torch.channels_last)  # how convolutions like it: same numbers, in less time
     if config.method == "regression":
         return Regression(unet)
     return SR3(unet, config.num_timesteps, config.beta_start, config.beta_end, config.loss_weight)
@@ -144,3 +139,9 @@ def save_picture(path: Path, picture: Image.Image, **options) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, format=path.suffix[1:], **options)
     write_atomically(path, buffer.getvalue())
+
+
+def save_animation(path: Path, frames: list[Image.Image]) -> None:
+    """Writes a GIF that loops and pauses at its end."""
+    pauses = [200] * (len(frames) - 1) + [3000]  # milliseconds
+    save_picture(path, frames[0], save_all=True, append_images=frames[1:], duration=pauses, loop=0)

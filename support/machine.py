@@ -83,11 +83,7 @@ def record(step: Callable[[], Tensor], device: torch.device, ranks: int = 1) -> 
         nonlocal calls, captured
         calls += 1
         if calls == 4:
-            try:
-                with torch.cuda.graph(graph, stream=stream):
-                    captured = step()
-            except RuntimeError as error:
-                print(f"\nthe step can't be recorded ({str(error).splitlines()[0]}); going on without", file=sys.stderr)
+            captured = capture(graph, step, device)
         if captured is not None:
             graph.replay()
             return captured
@@ -102,6 +98,20 @@ def record(step: Callable[[], Tensor], device: torch.device, ranks: int = 1) -> 
     return recorded
 
 
+def capture(graph: torch.cuda.CUDAGraph, step: Callable[[], Tensor], device: torch.device) -> Tensor | None:
+    """Captures a step, which isn't run, in a graph: what the step returns, or None and a line where that fails."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    unharmed = generator.clone_state()  # a failed capture leaves the generator as if it were still captured
+    try:
+        with torch.cuda.graph(graph):
+            return step()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    generator.graphsafe_set_state(unharmed)
+    print(f"\nthe step can't be recorded ({reason}); going on without", file=sys.stderr)
+    return None
+
+
 def launched_ranks() -> int:
     """How many ranks torchrun has started; 1 without it."""
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
@@ -114,6 +124,17 @@ def join_ranks(device: torch.device) -> tuple[int, int]:
     patience = datetime.timedelta(hours=4)  # the others wait while the first rank downloads, or draws
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave_ranks(ranks: int) -> None:
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def share_of_batch(batch_size: int, ranks: int) -> int:
+    if batch_size % ranks:
+        raise InputError(f"batch_size is {batch_size}: {ranks} ranks don't divide it")
+    return batch_size // ranks
 
 
 @contextmanager

@@ -153,7 +153,17 @@ def load_checkpoint(path: str | Path, parts: tuple[str, ...] = ("config", "step"
 def load_state(part: nn.Module | torch.optim.Optimizer, state: dict, path: str | Path) -> None:
     """`load_state_dict`, with an InputError where the state, which is from the checkpoint at `path`, doesn't fit."""
     try:
+        if isinstance(part, torch.optim.Optimizer):  # its groups are this run's, and its device's
+            state = part.state_dict() | {"state": state["state"]}
         part.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"its state doesn't fit ({type(error).__name__}: {str(error)[:100]})"
         raise InputError(f"{path} is of another version of this lesson, or damaged: {reason}; give another") from None
+
+
+def check_same_data(checkpoint: dict | None, numbers: list[int]) -> None:
+    """Raises InputError where a resumed run finds other numbers of images, for training and testing, than it had."""
+    before = checkpoint.get("images", numbers) if checkpoint else numbers
+    if numbers != before:
+        found = f"there are {numbers[0]} and {numbers[1]} images for training and testing, this run began with"
+        raise InputError(f"{found} {before[0]} and {before[1]}: a resumed run can't change its data")

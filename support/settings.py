@@ -67,6 +67,7 @@ def number_reader(kind: type, zero_allowed: bool) -> Callable[[str], int | float
 
 def add_settings(parser: Parser) -> None:
     """Every setting as a flag, explained by its comment in mnist.toml. What is not given is left out."""
+    parser.add_argument("--config_path", help="a file of settings that differ from configs/mnist.toml")
     toml = (HERE / "configs/mnist.toml").read_text(encoding="utf-8-sig")
     for name in SETTINGS:
         default = DEFAULTS.get(name)
