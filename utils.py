@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from support.errors import InputError
-from support.machine import autocast
+from support.machine import autocast, choose_layout
 from support.output import load_checkpoint, load_state, write_atomically
 from support.settings import complete_settings
 
@@ -69,7 +69,6 @@ def build_model(config: SimpleNamespace) -> SR3 | Regression:
         config.channels, config.features, config.channel_multipliers, config.blocks_per_level,
         config.attention_resolutions, config.attention_heads, config.dropout, config.image_size,
     )  # fmt: skip
-    unet = unet.to(memory_format=torch.channels_last)  # how convolutions like it: same numbers, in less time
     if config.method == "regression":
         return Regression(unet)
     return SR3(unet, config.num_timesteps, config.beta_start, config.beta_end, config.loss_weight)
@@ -82,7 +81,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Re
     model = build_model(config)
     load_state(model, checkpoint["ema"], path)  # half precision becomes float32 here
     model.config, model.step = config, checkpoint["step"]
-    return model.eval().to(device)
+    return model.eval().to(device, memory_format=choose_layout(torch.device(device)))
 
 
 def super_resolve(

@@ -44,19 +44,31 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The type that autocast gives the network; with "auto" bfloat16 on a CPU that computes in it, else float32.
+    """The type that autocast gives the network; with "auto" bfloat16 on a CPU that is faster in it, else float32.
 
-    Why float32 on GPUs? A network as small as the default keeps a GPU busy with many small kernels, not with
-    arithmetic, and autocast's conversions are kernels, too. Raises InputError for bfloat16 on a GPU that only emulates
-    it.
+    Which CPUs? Measured: training takes 0.72 of float32's time on an AMD EPYC (Zen 4), but 1.18 on an Intel Xeon with
+    AVX512-BF16 alone. Why float32 on GPUs? A network as small as the default keeps a GPU busy with many small kernels,
+    not with arithmetic, and autocast's conversions are kernels, too. Raises InputError for bfloat16 on a GPU that only
+    emulates it.
     """
     if name == "auto":
-        cpuinfo = Path("/proc/cpuinfo")  # Linux lists AVX512-BF16 and AMX there
-        native = device.type == "cpu" and cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
-        return "bfloat16" if native else "float32"
+        cpuinfo = Path("/proc/cpuinfo")  # on Linux
+        features = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
+        fast = "amx_bf16" in features or ("avx512_bf16" in features and "AuthenticAMD" in features)
+        return "bfloat16" if fast else "float32"
     if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise InputError('precision is "bfloat16", which this GPU only emulates; give --precision float32')
     return name
+
+
+def choose_layout(device: torch.device, precision: str = "auto") -> torch.memory_format:
+    """How images and weights lie in memory: channels last, where that is faster. The results are the same.
+
+    Measured: in float32 a forward pass on a Xeon takes 0.7 of the time; on an H200 a step of 128 images 0.8. In
+    bfloat16 on a CPU a step takes 1.2 times as long.
+    """
+    slower = device.type == "cpu" and choose_precision(precision, device) == "bfloat16"
+    return torch.contiguous_format if slower or device.type == "mps" else torch.channels_last
 
 
 def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:

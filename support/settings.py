@@ -90,8 +90,8 @@ def as_flags(settings: dict) -> list[str]:
     """Settings as the command line has them, such as --features=16 --early_samples 50 100."""
     flags = []
     for name, value in settings.items():
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
+        if isinstance(KINDS.get(name, DEFAULTS.get(name)), list):
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         else:
             flags.append(f"--{name}={value}")
     return flags

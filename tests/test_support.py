@@ -23,9 +23,8 @@ TEXT = CONFIGS["mnist"].read_text(encoding="utf-8")
 
 
 def parse(*arguments, settings=support.settings):
-    """The settings of a script that has two flags beside them."""
+    """The settings of a script that has another flag beside them."""
     parser = Parser("")
-    parser.add_argument("--config_path")
     parser.add_argument("--output_dir")
     settings.add_settings(parser)
     return settings.parse_settings(parser, [*map(str, arguments)])
@@ -185,6 +184,7 @@ def test_a_gpus_step_is_recorded_in_its_fourth_call_or_goes_on_with_a_line(monke
         assert machine.record(step, torch.device(device), ranks) is step
     for name in ("CUDAGraph", "Stream", "graph", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, fakes.setdefault(name, MagicMock()))
+    monkeypatch.setattr(torch.cuda, "default_generators", [MagicMock()])
     if fails:  # which the end of the capture notices
         fakes["graph"].return_value.__exit__.side_effect = RuntimeError("operation not permitted\nwhen capturing")
     recorded, replay = machine.record(step, torch.device("cuda"), 1), fakes["CUDAGraph"].return_value.replay

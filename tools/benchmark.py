@@ -43,7 +43,7 @@ def seconds(function: Callable, device: torch.device, repeats: int) -> float:
 
 def measure(config, device: torch.device, precision: str, recorded: bool, repeats: int) -> tuple[float, float]:
     """Images per second in training and in sampling."""
-    model = build_model(config).to(device)
+    model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     averages, weights = [weight.detach().clone() for weight in model.parameters()], list(model.parameters())
     rate = torch.full((), config.learning_rate, device=device)
     optimizer = torch.optim.Adam(weights, rate, fused=True, capturable=device.type == "cuda")

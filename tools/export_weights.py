@@ -7,17 +7,20 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
+from support.errors import Parser, one_line_errors
+from support.output import load_checkpoint, save_checkpoint
 
 
-@utils.errors_in_one_line()
+@one_line_errors()
 def main() -> None:
-    if len(sys.argv) != 3:
-        raise utils.InputError(f"give a checkpoint and where its weights go, not {sys.argv[1:]}")
-    checkpoint = utils.load_checkpoint(sys.argv[1])  # what drawing needs of it
-    weights = {name: weight.half() for name, weight in checkpoint["ema"].items()}
-    state = {"config": vars(checkpoint["config"]), "step": checkpoint["step"], "ema": weights}
-    utils.save_checkpoint(Path(sys.argv[2]), state)
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("weights", metavar="WEIGHTS", help="the file to write")
+    flags = parser.parse_args()
+    checkpoint = load_checkpoint(flags.checkpoint)
+    weights = {name: weight.contiguous().half() for name, weight in checkpoint["ema"].items()}
+    state = {"config": checkpoint["config"], "step": checkpoint["step"], "ema": weights}
+    save_checkpoint(Path(flags.weights), state)
 
 
 if __name__ == "__main__":
