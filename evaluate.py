@@ -20,7 +20,8 @@ from types import SimpleNamespace
 from support.data import load_data
 from support.errors import InputError, Parser, one_line_errors
 from support.machine import choose_device
-from support.output import check_writable, failures_noted, load_checkpoint, load_state, save_checkpoint, write_atomically
+from support.output import check_writable, failures_noted, write_atomically
+from support.output import load_checkpoint, load_state, save_checkpoint
 from support.settings import HERE, check_together, number_reader
 
 import torch
@@ -251,17 +252,18 @@ def format_table(rows: dict[str, dict[str, Score]], with_errors: bool = False) -
 def compare(models: dict[str, SR3 | Regression], test: HeldOut) -> Image.Image:
     """The input, the regression's answer, the mean of eight samples, four of them, and the truth; a row for each image.
 
-    The images are eight from ambiguous to clear by the entropy of `test.guess`. Of all, the 5% most ambiguous, whose
-    samples are no digits, and the clearest quarter are left out; so five of the eight, evenly spaced, are of the more
+    The images are eight from ambiguous to clear by the entropy of `test.guess`: evenly spaced from its 98% quantile,
+    since samples for the most ambiguous few are no digits, to a fifth of that; so five of the eight are of the more
     ambiguous half. Without a guess they are the first eight.
     """
-    number, rows = min(8, len(test.truth)), torch.arange(len(test.truth))
+    rows = list(range(min(8, len(test.truth))))
     if test.guess is not None:
-        rows = torch.special.entr(test.guess.cpu()).sum(dim=1).argsort(descending=True)  # the most ambiguous first
-        first = len(rows) // 20
-        last = max(3 * len(rows) // 4, first + number - 1)  # few images are taken one by one
-        rows = rows[torch.linspace(first, last, number).round().long()]
-    rows = rows[:number]
+        entropy = torch.special.entr(test.guess.cpu()).sum(dim=1)  # [N]
+        highest = entropy.quantile(0.98)
+        for i, target in enumerate(torch.linspace(highest, highest / 5, len(rows))):
+            distance = (entropy - target).abs()
+            distance[rows[:i]] = torch.inf  # none comes twice
+            rows[i] = distance.argmin().item()
     truth, low_res = test.truth[rows], test.low_res[rows]
     columns = {"input": to_unit(upsample(low_res, truth.shape[-1], "nearest-exact"))}
     if "regression" in models:

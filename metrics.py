@@ -115,7 +115,8 @@ def fool_rate(images: Tensor, reference: Tensor, context: Tensor, seed: int = 0,
         return F.softplus(output - real).mean()  # -log of the probability that it says right
 
     judge = small_network(2 * images.shape[1], 1, images.device, seed)
-    train_network(judge, loss, len(learned), passes=10, batch_size=32, seed=seed)
+    passes = max(10, 1200 // len(learned))  # few images teach it something, too, if it sees them often
+    train_network(judge, loss, len(learned), passes, batch_size=32, seed=seed)
     verdicts = torch.full((len(images),), torch.nan)
     with torch.no_grad():
         for indices in asked.split(250):

@@ -72,7 +72,6 @@ def main(arguments: list[str] | None = None) -> None:
     # 3. Model ---------------------------------------------------------------------------------------------------------
     # SR3, or the regression baseline. `ema`, the moving average of its weights, makes the samples.
     torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = True  # shapes don't change, so the fastest convolutions are worth finding
     precision = machine.choose_precision(config.precision, device)
     model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     ema = deepcopy(model).eval()

@@ -114,10 +114,11 @@ def test_the_picture_has_labelled_columns_and_five_rows_of_eight_from_the_more_a
     grid = cells(picture, 8, scale=3).view(8, 8, 16, 16, 3).permute(0, 1, 4, 2, 3) / 255
     chosen = [(judged.truth - truth).abs().flatten(1).amax(1).argmin().item() for truth in grid[:, 7]]
     entropy = -(judged.guess * judged.guess.log()).sum(1)  # of a guess at the digit from x alone
-    ranks = [(entropy > entropy[i]).sum().item() for i in chosen]  # how many are more ambiguous
-    assert ranks == sorted(ranks) and len(set(ranks)) == 8
-    assert ranks[0] >= 3 and sum(rank < 35 for rank in ranks) in (5, 6)  # of 70; not the extremes
-    assert ranks == pytest.approx([69 * share for share in np.linspace(0.05, 0.75, 8)], abs=1.5)
+    highest = np.quantile(entropy, 0.98)  # of 70: neither the first nor the second, whose samples may be no digits
+    for i, wanted in enumerate(np.linspace(highest, highest / 5, 8)):
+        others = [j for j in range(70) if j not in chosen[:i]]
+        assert abs(entropy[chosen[i]] - wanted) <= min(abs(entropy[j] - wanted) for j in others) + 1e-6
+    assert len(set(chosen)) == 8 and sum(entropy[i] > highest / 2 for i in chosen) in (5, 6)
 
     low_res, seeds = judged.low_res[chosen], judged.seeds[chosen]
     samples = torch.stack([super_resolve(judged.sr3, low_res, (seeds + 500 * i).tolist()) for i in range(8)], dim=1)
@@ -156,9 +157,9 @@ def test_judges_are_kept_for_the_very_images_that_they_learned_from(judged, tmp_
         return f"judges read from {path}".encode() in stdout, len(trained)
 
     assert judged_again(kept.read_bytes()) == (True, 0)
-    for damaged in (good | {"data": good["data"][:-1] + "?"}, good | {"guesser": good["classifier"]}, {"data": good["data"]}):
-        assert judged_again(damaged) == (False, 2)
-    for damaged in (b"", kept.read_bytes()[:-1000], judged.paths[0].read_bytes()):
+    other_data, other_network = good | {"data": good["data"][:-1] + "?"}, good | {"guesser": good["classifier"]}
+    cut_off, foreign = kept.read_bytes()[:-1000], judged.paths[0].read_bytes()
+    for damaged in (other_data, other_network, {"data": good["data"]}, b"", cut_off, foreign):
         assert judged_again(damaged) == (False, 2)
     for other in ((images.flip(0), labels), (images, 9 - labels)):  # as many, of the same name
         assert judged_again(kept.read_bytes(), other) == (False, 2)

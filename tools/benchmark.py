@@ -93,7 +93,6 @@ def main() -> None:
     add_settings(parser)
     flags, config = parser.parse_args(), parse_settings(parser, None)
     device = machine.choose_device(flags.device)
-    torch.backends.cudnn.benchmark = True
     print("| form | ms a training step | training images/s | sampling images/s |\n| --- | --- | --- | --- |")
     for precision in ("float32", "bfloat16"):
         for recorded in (False, True) if device.type == "cuda" else (False,):
