@@ -4,15 +4,13 @@
     python evaluate.py output/checkpoint.pt --num_images 200 --sampling_steps 100
 
 Takes checkpoints of SR3 and of the regression, of one data set, in any order. Prints a table, and writes to
---output_dir results.md, the table with standard errors, and comparison.png, samples for eight images from ambiguous to
-clear. The networks that judge are kept there, too, for the next time.
+--output_dir results.md, the table with standard errors, comparison.png, samples for eight images from ambiguous to
+clear, and the networks that judge, for the next time.
 """
 
 import hashlib
 import math
 import sys
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +18,8 @@ from types import SimpleNamespace
 from support.data import load_data
 from support.errors import InputError, Parser, one_line_errors
 from support.machine import choose_device
-from support.output import check_writable, failures_noted, write_atomically
-from support.output import load_checkpoint, load_state, save_checkpoint
+from support.output import check_writable, failures_noted, load_networks, save_checkpoint, write_atomically
+from support.scores import Score, fooled, format_table, jackknife, mean_of
 from support.settings import HERE, check_together, number_reader
 
 import torch
@@ -30,20 +28,8 @@ from torch import Tensor, nn
 
 import metrics
 from sr3 import SR3, Regression
-from utils import downsample, load_model, make_pair, picture_of_columns, save_picture, super_resolve, to_float, to_unit
-from utils import upsample
-
-COLUMNS = {  # heading and format
-    "psnr": ("PSNR ↑", ".1f"),
-    "ssim": ("SSIM ↑", ".3f"),
-    "consistency": ("consistency ↓", ".1f"),
-    "color_shift": ("colour shift ↓", ".1f"),
-    "accuracy": ("accuracy", ".1%"),
-    "frechet": ("Fréchet distance ↓", ".2f"),
-    "fool_rate": ("fool rate → 50%", ".1%"),
-    "spread": ("spread / error → 1", ".2f"),
-}
-Score = tuple[float, float]  # a mean and its standard error
+from utils import downsample, load_model, make_pair, super_resolve, to_float, to_unit, upsample
+from utils import picture_of_columns, save_picture
 
 
 @dataclass
@@ -74,8 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     device, output_dir = choose_device(flags.device), Path(flags.output_dir)
     models = load_models(flags.checkpoints, device, flags.sampling_steps)
     config = next(iter(models.values())).config
-    check_writable(output_dir / "results.md")  # now, not after minutes
-    check_writable(output_dir / "comparison.png")
+    for name in ("results.md", "comparison.png"):
+        check_writable(output_dir / name)  # now, not after minutes
 
     (images, labels), (test_images, test_labels) = load_data(config, flags.data_dir)
     chosen = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(0))[: flags.num_images]
@@ -87,12 +73,13 @@ def main(arguments: list[str] | None = None) -> None:
         test.features = metrics.predict(test.classifier[:-1], test_images.to(device) / 255)
         test.guess = metrics.predict(guesser, to_unit(low_res)).softmax(dim=1)
 
-    noun = "digits" if config.dataset in ("mnist", "digits") else "images"
+    real = "real digits" if config.dataset in ("mnist", "digits") else "real images"
     bicubic = (255 * to_unit(context)).round() / 255
-    rows = {f"real {noun}": score(test.truth, test), "bicubic": score(bicubic, test)}
+    rows = {real: score(test.truth, test), "bicubic": score(bicubic, test)}
     for name, model in models.items():
-        first = super_resolve(model, low_res, test.seeds.tolist())
-        second = super_resolve(model, low_res, (test.seeds + test.total).tolist())
+        first = second = super_resolve(model, low_res, test.seeds.tolist())
+        if isinstance(model, SR3):  # a regression has one answer only
+            second = super_resolve(model, low_res, (test.seeds + test.total).tolist())
         rows[name] = score(first, test, second)
     rows["a perfect sampler"] = perfect_sampler(test, rows)
 
@@ -133,22 +120,18 @@ def load_models(paths: list[str], device: torch.device, steps: int | None) -> di
 def find_judges(folder: Path, config: SimpleNamespace, images: Tensor, labels: Tensor, device: torch.device):
     """The classifier and the guesser for training images, uint8 [N, C, H, W], and labels, [N], both on the CPU.
 
-    They are read from a file in the folder, named by data and settings. Where there is none that is whole and of these
-    very images, they are trained and written there; if that fails, a line says so.
+    They are read from a file in the folder, named by data and settings. Without one of these very images, they are
+    trained and written there; if that fails, a line says so.
     """
     data = f"{config.dataset}-{config.channels}x{config.low_res_size}-{config.image_size}-{len(images)}"
     path = folder / f"judges-{data}.pt"
-    data += "".join(hashlib.sha256(tensor.contiguous().numpy()).hexdigest() for tensor in (images, labels))
+    data += hashlib.sha256(images.numpy()).hexdigest() + hashlib.sha256(labels.numpy()).hexdigest()
     classes = int(labels.max()) + 1
     classifier = metrics.small_network(config.channels, classes, device)
     guesser = metrics.guessing_network(config.channels * config.low_res_size**2, classes).to(device)
-    with suppress(OSError, InputError):  # there is none, or it is damaged
-        kept = load_checkpoint(path, ("data", "classifier", "guesser"))
-        if kept["data"] == data:
-            load_state(classifier, kept["classifier"], path)
-            load_state(guesser, kept["guesser"], path)
-            print(f"judges read from {path}; delete it to train them again", flush=True)
-            return classifier.eval(), guesser.eval()
+    if load_networks(path, data, {"classifier": classifier, "guesser": guesser}):
+        print(f"judges read from {path}; delete it to train them again", flush=True)
+        return classifier.eval(), guesser.eval()
     classifier = metrics.train_classifier(images.to(device), labels.to(device))
     low_res = to_unit(downsample(to_float(images), config.low_res_size))  # [N, C, h, w]
     guesser = metrics.train_guesser(low_res.to(device), labels.to(device))
@@ -169,17 +152,12 @@ def score(images: Tensor, test: HeldOut, second: Tensor | None = None) -> dict[s
     if test.labels is not None:
         scores["accuracy"] = mean_of(metrics.accuracy(images, test.labels, test.classifier))
         features = metrics.predict(test.classifier[:-1], images)
-
-        def distance(indices: Tensor) -> float:
-            return metrics.frechet_distance(features[indices], test.features)
-
-        scores["frechet"] = jackknife(distance, len(images))
+        scores["frechet"] = jackknife(lambda i: metrics.frechet_distance(features[i], test.features), len(images))
     if len(images) >= 50:  # fewer teach the judges nothing
         context = to_unit(test.context)
         scores["fool_rate"] = fooled([metrics.fool_rate(images, test.truth, context, seed) for seed in range(3)])
     if second is not None:
-        spread = metrics.squared_difference(images, second).cpu()
-        error = metrics.squared_difference(images, test.truth).cpu()
+        spread, error = (metrics.squared_difference(images, others).cpu() for others in (second, test.truth))
 
         def ratio(indices: Tensor) -> float:
             return (spread[indices].mean() / error[indices].mean()).item()
@@ -206,55 +184,11 @@ def perfect_sampler(test: HeldOut, rows: dict[str, dict[str, Score]]) -> dict[st
     return scores
 
 
-def mean_of(values: Tensor) -> Score:
-    """The mean of values [N], one for each image, and its standard error."""
-    values = values.cpu().double()
-    return values.mean().item(), values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def fooled(verdicts: list[Tensor]) -> Score:
-    """The mean of the judges' verdicts, [N] each as of `fool_rate`, and its standard error.
-
-    It tells of both, the images' luck and the judges': the squares of the error over the images' means and of the
-    spread between the judges' rates / √judges are added.
-    """
-    verdicts = torch.stack(verdicts).double()  # [judges, N], NaN for images that a judge was not asked about
-    of_images = verdicts.nanmean(dim=0)
-    _, images_error = mean_of(of_images[~of_images.isnan()])
-    rate, judges_error = mean_of(verdicts.nanmean(dim=1))
-    return rate, math.hypot(images_error, judges_error)
-
-
-def jackknife(statistic: Callable[[Tensor], float], number: int) -> Score:
-    """A statistic of the images with given indices, and its standard error: how it varies as a 20th is left out."""
-    indices, groups = torch.arange(number), min(20, number)
-    values = torch.tensor([statistic(indices[indices % groups != i]) for i in range(groups)], dtype=torch.float64)
-    return statistic(indices), math.sqrt((groups - 1) * values.var(correction=0).item())
-
-
-def format_table(rows: dict[str, dict[str, Score]], with_errors: bool = False) -> str:
-    """The table in Markdown; "–" stands for what there is not, or what is infinite."""
-    colored = any("color_shift" in scores for scores in rows.values())
-    shown = {name: column for name, column in COLUMNS.items() if colored or name != "color_shift"}
-    lines = [["", *(heading for heading, _ in shown.values())], ["---"] * (1 + len(shown))]
-    for name, scores in rows.items():
-        cells = []
-        for column, (_, form) in shown.items():
-            mean, error = scores.get(column, (math.nan, math.nan))
-            cell = f"{mean:{form}}" if math.isfinite(mean) else "–"
-            if with_errors and math.isfinite(error):
-                cell += f" ± {error:{form}}".removesuffix("%")
-            cells.append(cell)
-        lines.append([name, *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def compare(models: dict[str, SR3 | Regression], test: HeldOut) -> Image.Image:
     """The input, the regression's answer, the mean of eight samples, four of them, and the truth; a row for each image.
 
-    The images are eight from ambiguous to clear by the entropy of `test.guess`: evenly spaced from its 98% quantile,
-    since samples for the most ambiguous few are no digits, to a fifth of that; so five of the eight are of the more
-    ambiguous half. Without a guess they are the first eight.
+    The images are eight from ambiguous to clear, evenly spaced in the entropy of `test.guess` from its 98% quantile,
+    as samples for the most ambiguous few are no digits, to a fifth of that. Without a guess they are the first eight.
     """
     rows = list(range(min(8, len(test.truth))))
     if test.guess is not None:
@@ -267,7 +201,7 @@ def compare(models: dict[str, SR3 | Regression], test: HeldOut) -> Image.Image:
     truth, low_res = test.truth[rows], test.low_res[rows]
     columns = {"input": to_unit(upsample(low_res, truth.shape[-1], "nearest-exact"))}
     if "regression" in models:
-        columns["regression"] = super_resolve(models["regression"], low_res, test.seeds[rows].tolist())
+        columns["regression"] = super_resolve(models["regression"], low_res, range(len(rows)))
     seeds = test.seeds[rows] + test.total * torch.arange(8)[:, None]  # [8, B]: the first two are those of the table
     samples = super_resolve(models["SR3"], low_res.repeat(8, 1, 1, 1), seeds.flatten().tolist()).unflatten(0, (8, -1))
     columns["mean of 8 samples"] = samples.mean(dim=0)

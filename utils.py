@@ -98,7 +98,7 @@ def super_resolve(
         wanted = f"[N, {model.config.channels}, {size}, {size}] and N seeds"
         raise ValueError(f"there are images of {list(low_res.shape)} and {len(seeds)} seeds: give {wanted}")
     context = upsample(low_res, model.config.image_size)  # x
-    steps = steps or model.config.sampling_steps
+    steps = model.config.sampling_steps if steps is None else steps
     together = 512 if low_res.device.type == "cuda" else 64  # images
     parts = []
     for start in tqdm(range(0, len(seeds), together), desc="drawing", unit="batch", dynamic_ncols=True, leave=False):

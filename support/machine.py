@@ -101,10 +101,10 @@ def record(step: Callable[[], Tensor], device: torch.device, ranks: int = 1) -> 
             return captured
         if calls >= 4:
             return step()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             loss = step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         return loss
 
     return recorded

@@ -161,6 +161,17 @@ def load_state(part: nn.Module | torch.optim.Optimizer, state: dict, path: str |
         raise InputError(f"{path} is of another version of this lesson, or damaged: {reason}; give another") from None
 
 
+def load_networks(path: Path, data: str, networks: dict[str, nn.Module]) -> bool:
+    """Loads the networks' weights from a file that was saved for the same data; False where there is none."""
+    with suppress(OSError, InputError):  # none, or a damaged one
+        kept = load_checkpoint(path, ("data", *networks))
+        if kept["data"] == data:
+            for name, network in networks.items():
+                load_state(network, kept[name], path)
+            return True
+    return False
+
+
 def check_same_data(checkpoint: dict | None, numbers: list[int]) -> None:
     """Raises InputError where a resumed run finds other numbers of images, for training and testing, than it had."""
     before = checkpoint.get("images", numbers) if checkpoint else numbers

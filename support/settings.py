@@ -65,25 +65,38 @@ def number_reader(kind: type, zero_allowed: bool) -> Callable[[str], int | float
     return read
 
 
+def read_truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def add_settings(parser: Parser) -> None:
     """Every setting as a flag, explained by its comment in mnist.toml. What is not given is left out."""
     parser.add_argument("--config_path", help="a file of settings that differ from configs/mnist.toml")
     toml = (HERE / "configs/mnist.toml").read_text(encoding="utf-8-sig")
     for name in SETTINGS:
         default = DEFAULTS.get(name)
-        kind = KINDS.get(name, [int] if isinstance(default, list) else type(default))
-        comment = re.search(rf'^{name}\s*=\s*(?:"[^"]*"|[^"#]*)\s*#\s*(.*)$', toml, re.MULTILINE)
+        kind = KINDS.get(name, [type(item) for item in default] if isinstance(default, list) else type(default))
+        comment = re.search(rf'^{name} *= *(?:"[^"]*"|[^"#\n]*) *# *(.*)$', toml, re.MULTILINE)
         explanation = f"{comment[1]}; default: {default}" if comment else f"default: {default}"
         options = {"default": argparse.SUPPRESS, "help": explanation.replace("%", "%%")}
         if isinstance(kind, list):
             options["nargs"] = "*"
-            kind = kind[0]
+            kind = kind[0] if kind else str
         if isinstance(kind, tuple):
             options["choices"] = kind
+        elif kind is bool:
+            options["type"] = read_truth
         elif kind in (int, float):
             options["type"] = number_reader(kind, name in ZERO_ALLOWED or name not in KINDS)
             options["metavar"] = "N" if kind is int else "X"
-        parser.add_argument(f"--{name}", **options)
+        else:
+            options["type"] = str.strip
+        try:
+            parser.add_argument(f"--{name}", **options)
+        except argparse.ArgumentError:
+            raise InputError(f"configs/mnist.toml: {name} is a flag, but no setting; delete the line") from None
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -91,16 +104,17 @@ def as_flags(settings: dict) -> list[str]:
     flags = []
     for name, value in settings.items():
         if isinstance(KINDS.get(name, DEFAULTS.get(name)), list):
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            items = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *(f" {item}" for item in items)]  # with a blank no word is taken for a flag
         else:
             flags.append(f"--{name}={value}")
     return flags
 
 
-def read_settings(parser: Parser, sources: dict[str, dict], arguments: list[str]) -> SimpleNamespace:
-    """The settings of all sources, later ones first, then of the arguments. Raises InputError for what is wrong."""
+def read_settings(parser: Parser, sources: list[tuple[str, dict]], arguments: list[str]) -> SimpleNamespace:
+    """The settings of all sources, then the arguments: later ones win. Raises InputError for what is wrong."""
     found = argparse.Namespace()
-    for source, settings in sources.items():
+    for source, settings in sources:
         unknown = [name for name in settings if name not in SETTINGS]
         if unknown:
             raise InputError(f"{source}: {unknown[0]} is not a setting; the settings are {', '.join(SETTINGS)}")
@@ -121,13 +135,13 @@ def parse_settings(parser: Parser, arguments: list[str] | None, resumed: dict | 
     Raises InputError for what is wrong, and for what a resumed run can't change.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    sources = {"configs/mnist.toml": DEFAULTS}
+    sources = [("configs/mnist.toml", DEFAULTS)]
     if resumed is not None:
         resumed = vars(complete_settings(resumed, "the checkpoint"))
-        sources["the checkpoint"] = resumed
+        sources.append(("the checkpoint", resumed))
     path = parser.parse_args(arguments).config_path
     if path:
-        sources[str(path)] = read_toml(path)
+        sources.append((str(path), read_toml(path)))
     config = read_settings(parser, sources, arguments)
     for name in FIXED if resumed is not None else ():
         new, old = getattr(config, name), resumed[name]
@@ -146,10 +160,10 @@ def complete_settings(settings: dict | None = None, source: str | Path = "the se
         if name in SETTINGS:
             known[name] = value
         else:
-            print(f"{source} has the setting {name} = {value!r}, which this version passes over", file=sys.stderr)
+            print(f"{source}: the setting {name} = {value!r} is unknown here and passed over", file=sys.stderr)
     parser = Parser("")
     add_settings(parser)
-    config = read_settings(parser, {"configs/mnist.toml": DEFAULTS, str(source): known}, [])
+    config = read_settings(parser, [("configs/mnist.toml", DEFAULTS), (str(source), known)], [])
     check_together(config)
     return config
 

@@ -15,6 +15,7 @@ from conftest import ROOT, call, cells, draw_few_digits, raising, run, snapshot
 from PIL import Image
 
 import metrics
+from support import scores
 from utils import downsample, load_model, super_resolve, to_float, to_unit, upsample
 
 
@@ -38,11 +39,11 @@ def judged(tmp_path_factory):
     for method in ("sr3", "regression"):
         run(it.folder / method, method=method, channels=3)
     it.paths = it.folder / "sr3/weights.pt", it.folder / "regression/checkpoint.pt"
-    columns = {key: (heading, f".6{form[-1]}") for key, (heading, form) in evaluate.COLUMNS.items()}
+    columns = {key: (heading, f".6{form[-1]}") for key, (heading, form) in scores.COLUMNS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["export_weights.py", str(it.folder / "sr3/checkpoint.pt"), str(it.paths[0])])
         runpy.run_path(str(ROOT / "tools/export_weights.py"), run_name="__main__")
-        patch.setattr(evaluate, "COLUMNS", columns)
+        patch.setattr(scores, "COLUMNS", columns)
         it.table, it.scores, it.stdout = judge(it.folder, *it.paths, "--num_images", 70)
     it.sr3, it.regression = map(load_model, it.paths)
     (images, labels), (tests, test_labels) = (draw_few_digits(n, 16, 3, i) for i, n in enumerate((60_000, 10_000)))

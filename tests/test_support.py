@@ -131,7 +131,7 @@ def test_an_added_line_has_its_own_comment_or_none_and_one_that_is_another_flag_
 
 def test_a_checkpoints_unknown_settings_are_passed_over_with_a_line_and_missing_ones_are_mnist_tomls(capsys):
     assert vars(complete_settings({"features": 32, "shiny": 1}, "old.pt")) == DEFAULTS | {"features": 32}
-    assert "old.pt has the setting shiny = 1" in capsys.readouterr().err
+    assert "old.pt: the setting shiny = 1 is unknown" in capsys.readouterr().err
     for wrong in ([1, 2], {"features": None}, {"features": [16, 16]}, {"channels": 2}, {"early_samples": ["--help"]}):
         with pytest.raises(InputError, match="old.pt|channels is 2"):
             complete_settings(wrong, "old.pt")
