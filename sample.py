@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     positive, not_negative = number_reader(int, zero_allowed=False), number_reader(int, zero_allowed=True)
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of train_mnist.py, or shipped")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="drawings or photos of any size, or low-resolution")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="a drawing or photo, or low-resolution pixels")
     parser.add_argument("--num_samples", type=positive, default=4, help="samples for each picture; default: 4")
     parser.add_argument("--sampling_steps", type=positive, help="refinement steps; default: the checkpoint's")
     parser.add_argument("--seed", type=not_negative, default=0, help="of each picture's first sample; default: 0")

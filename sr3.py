@@ -1,12 +1,12 @@
 """SR3, "Image Super-Resolution via Iterative Refinement" (arXiv 2104.07636): the noise levels, Algorithms 1 and 2.
 
 A diffusion adds noise to the high-resolution image y_0 until almost nothing is left of it (section 2.1). f_θ learns to
-predict that noise, with the low-resolution image x beside it (section 2.2, Algorithm 1). A new image is made by
-starting from pure noise and removing it step by step (section 2.3, Algorithm 2). Last comes the regression that the
-paper compares with.
+predict that noise, with the low-resolution image x beside it (section 2.2, Algorithm 1). A new image starts from pure
+noise, which is removed step by step (section 2.3, Algorithm 2). Last comes the paper's regression baseline.
 
 y_0 is [B, C, H, W] in [-1, 1]. x has the same shape: it is the low-resolution image, already enlarged to the size of
-y_0, which makes it overshoot [-1, 1] a little; the code calls it `context`. U is the U-Net that f_θ is computed from.
+y_0, which makes it overshoot [-1, 1] a little; the code calls it `context`. U is the U-Net that f_θ is computed from;
+in the paper f_θ is U itself, see `predict_noise`.
 This file needs torch and einops only. To use SR3 in a project of your own, copy it together with unet.py, or pass in
 any network that is called as unet(x, y_t, gamma), with gamma [B], and returns [B, C, H, W].
 """
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Generators = list[torch.Generator] | None  # one for each image, so that its noise is its own; None: torch's own
+Generators = list[torch.Generator] | None  # one for each image, whose noise is then its own; None: torch's global one
 
 
 def noise_levels(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
     """γ_0 = 1 and γ_t = α_1 · … · α_t for t = 1…T, with β_t = 1 - α_t linear as in DDPM; [T + 1] in float64.
 
     γ_t is the share of y_0's energy in y_t, equation (3). Sampling starts from pure noise, so γ_T must be next to
-    nothing, but not zero, since it is divided by: raises ValueError unless 1e-8 < γ_T < 0.01.
+    nothing, but not zero, as (10) divides by its root: raises ValueError unless 1e-8 < γ_T < 0.01.
     """
     alphas = 1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
     gammas = torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)])
@@ -63,10 +63,10 @@ class SR3(nn.Module):
         """f_θ(x, y_t, γ) = √(1 - γ) y_t + √γ U(x, y_t, γ), from γ [B]: the noise in y_t, [B, C, H, W] in float32.
 
         y_t is y_0 with noise ε of level γ, by equation (5), which calls it ỹ. Why not f_θ = U? Equation (10) would
-        divide the error of U by √γ, which is 1/150 at t = T. With f_θ as above, it is ε exactly when U is
+        divide the error of U by √γ, which is 1/150 at t = T. f_θ as above equals ε exactly when U equals
         v = √γ ε - √(1 - γ) y_0, and (10) becomes ŷ_0 = √γ y_t - √(1 - γ) U, which amplifies nothing. This is the
-        v-prediction of Salimans and Ho (arXiv 2202.00512); in the paper, f_θ is the U-Net itself. The products are
-        float32 even under autocast: dividing by √γ would magnify bfloat16's rounding errors.
+        v-prediction of Salimans and Ho (arXiv 2202.00512). The products are float32 even under autocast: dividing by √γ
+        would magnify bfloat16's rounding errors. (U gets y_t in the type of x, which may be half precision.)
         """
         level = rearrange(gamma, "b -> b 1 1 1")
         return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t.to(context.dtype), gamma).float()
@@ -77,7 +77,7 @@ class SR3(nn.Module):
         With `loss_weight="1"` it is the paper's (6) with p = 2, the mean of (f_θ - ε)². Since f_θ - ε = √γ (U - v),
         with the v of `predict_noise`, that nearly ignores U's errors at small γ, where the layout of the image is
         decided. With "1/gamma" each error is divided by its γ, which leaves (U - v)²: all levels count alike (the
-        "SNR + 1" weighting of Salimans and Ho).
+        "SNR + 1" weighting of Salimans and Ho, where SNR is γ / (1 - γ)).
         """
         # Line 3: γ ~ p(γ): t uniform in 1…T, then γ uniform between γ_t and γ_{t-1} (section 2.4).
         t = torch.randint(1, len(self.gammas), high_res.shape[:1], device=high_res.device)  # [B]
@@ -94,7 +94,8 @@ class SR3(nn.Module):
         """The `steps` + 1 noise levels for inference, from γ_T to γ_0 = 1: γ at t_i = T (i / steps)^1.5, rounded down.
 
         f_θ is told γ and not t, so the levels can be chosen after training; the paper, too, searches for good ones.
-        These lie closer together near the image, where ŷ_0 changes fastest; measured: 10 then do what 25 even ones do.
+        These lie closer together towards the image, as ŷ_0 hardly changes while γ is tiny; measured: 10 of them do what
+        25 even ones do.
         t_i is at least i, so that all levels differ. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         T = len(self.schedule) - 1
@@ -104,12 +105,12 @@ class SR3(nn.Module):
 
     @torch.no_grad()
     def refine(self, context: Tensor, steps: int, generators: Generators = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Algorithm 2 for x, [B, C, H, W]: yields (y_t, ŷ_0) after each step; the last y_t is the image, in [-1, 1].
+        """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_t that it arrives at and the ŷ_0 it came from.
 
-        It differs from the paper in the clamp, the variance and this: Algorithm 2 takes a step as if ŷ_0 stayed the
-        same, which in large steps makes samples too much alike. Here the step uses the ŷ_0 that is expected at its
-        middle if ŷ_0 goes on changing linearly in log(γ / (1 - γ)): the second-order multistep update of
-        SDE-DPM-Solver++ (Lu et al., arXiv 2211.01095). Raises ValueError where `levels` does, once iterated.
+        The last y_t is the image, in [-1, 1]. Beside the levels, the clamp (y_0 is in [-1, 1]) and the variance, this
+        differs from the paper: Algorithm 2 takes a step as if ŷ_0 stayed the same, which in large steps makes samples
+        too much alike. Here the step uses the ŷ_0 that is expected at its middle if ŷ_0 goes on changing linearly in
+        log(γ / (1 - γ)): the second-order multistep update of SDE-DPM-Solver++ (Lu et al., arXiv 2211.01095).
         """
         levels = self.levels(steps)
         widths = torch.tensor(levels, dtype=torch.float64).logit().diff().tolist()  # of steps, in log(γ / (1 - γ))
@@ -159,7 +160,7 @@ class Regression(nn.Module):
         return self.unet(context, torch.zeros_like(context), context.new_ones(len(context))).float()
 
     def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
-        """The mean squared error of ŷ_0. Its least is at the mean of all y_0 that could belong to x, which is blurred."""
+        """The mean squared error of ŷ_0. It is least for the mean of all y_0 that fit x, which is blurred."""
         return F.mse_loss(self.predict(context), high_res)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@
     torchrun --standalone --nproc_per_node=8 train_mnist.py --batch_size 128
 
 Read this script from top to bottom beside the paper (arXiv 2104.07636), then sr3.py, unet.py and utils.py. All settings
-and their reasons are in configs/mnist.toml. What lies in support/ is needed, but teaches nothing of SR3.
+and their reasons are in configs/mnist.toml. What lies in support/ is needed, but teaches nothing about SR3.
 """
 
 import math
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     precision = machine.choose_precision(config.precision, device)
     model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     ema = deepcopy(model).eval()
-    rate = torch.zeros((), device=device)  # the learning rate: a tensor, which is filled before each step
+    rate = torch.zeros((), device=device)  # the learning rate: a tensor, so that a recorded step reads its new value
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
     step, log = 0, []
     if checkpoint:
@@ -84,15 +84,15 @@ def main(arguments: list[str] | None = None) -> None:
         step, log = checkpoint["step"], checkpoint.get("log", [])
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
     if rank == 0:
-        print(f"{config.dataset}: {len(images):,} images; {ranks} × {device.type} in {precision}. {output_dir} will hold")
-        print("progress.png, log.csv, checkpoint.pt; by step: sr (samples), lr (inputs), hr (truth), refinement", flush=True)
+        print(f"{config.dataset}: {len(images):,} images; {ranks} × {device.type}, {precision}. {output_dir} will have")
+        print("progress.png, log.csv and checkpoint.pt; by step sr (samples), lr (inputs), hr (truth), refinement", flush=True)
 
     # 4. Training: Algorithm 1 -----------------------------------------------------------------------------------------
     def training_step() -> Tensor:
         # Line 2: a pair (x, y_0); the context x is made from y_0 itself, shrunk and enlarged bicubically.
         indices = torch.randint(len(images), (batch_size,), device=device)
         high_res, _, context = make_pair(images[indices], config.low_res_size)  # y_0 and x, [B, C, H, W]
-        # Lines 3 and 4 are in SR3.forward, which returns the loss of line 5. (A regression has no noise to draw.)
+        # Lines 3 and 4 are in SR3.forward, which returns the loss of line 5, weighted. (A regression draws no noise.)
         with machine.autocast(device, precision):
             loss = parallel(high_res, context)
         # Line 5: a gradient step on that loss.
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.step()
         return loss.detach()
 
-    training_step = machine.record(training_step, device, ranks)  # a GPU repeats it from a recording
+    training_step = machine.record(training_step, device, ranks)  # on one GPU a CUDA graph, elsewhere unchanged
     averages, weights = list(ema.parameters()), list(model.parameters())
     losses, failures = [], []  # since the last row of the log: losses, and files that could not be written
     lock = output.lock(output_dir) if rank == 0 else nullcontext()  # keeps other runs out
@@ -114,19 +114,20 @@ def main(arguments: list[str] | None = None) -> None:
         for step in bar:  # "until converged"
             torch.manual_seed(hash((config.seed, step, rank)))  # in each step, so that a resumed run draws the same
             learning_rate = config.learning_rate * min(1, step / max(1, config.warmup_steps))
-            optimizer.param_groups[0]["lr"].fill_(learning_rate)
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)  # not `rate`, which a resumed run has replaced
             loss = training_step()
-            # DDPM, too, averages its weights; this average covers about the last ninth of the steps so far.
+            # DDPM, too, averages its weights; these are on average a tenth of all steps old.
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 9 / (10 + step))  # average.lerp_(weight, …) for all at once
 
-            # What is due after this step? Only this waits for the device. Every rank trains, the first one does the rest.
+            # What is due after this step? Only what follows waits for the device, and only the first rank does it.
             if rank > 0:
                 continue
             losses.append(loss.clone())  # the next step may overwrite it
             last = step == config.num_training_steps
             stopping = bool(signals) and not last
-            drawing = last or (step % config.sample_every == 0 or step in config.early_samples) and not stopping
+            scheduled = step % config.sample_every == 0 or step in config.early_samples
+            drawing = last or (scheduled and not stopping)
             if step % BAR_EVERY == 0:
                 bar.set_postfix_str(f"loss {loss.item():.4f}")
             if not (drawing or stopping or step % LOG_EVERY == 0):
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
 def draw(model: nn.Module, images: Tensor, config, precision: str, output_dir: Path, step: int) -> dict:
     """Draws the same images from the same noise each time, and returns their metrics, the last columns of the log.
 
-    Grids hr: the targets; lr: the inputs; sr: the results; refinement: the estimates ŷ_0 at six noise levels, for the
+    Grids hr: the targets; lr: the inputs; sr: the results; refinement: the estimates ŷ_0 at up to six levels, for the
     eight images where they change most. The animation, after the last step, shows the input, ŷ_0 and y_t.
     """
     # Draw: at most 50 pairs of y_t and ŷ_0 are kept, by step, the last one among them.

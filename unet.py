@@ -1,8 +1,8 @@
-"""The U-Net U(x, y_t, γ): DDPM's, with changes from the paper's section 2.4 and our own.
+"""The U-Net U(x, y_t, γ): DDPM's, with changes from the paper's section 2.4, and our own where it says so.
 
 It sees the low-resolution image x, enlarged to the target size, beside the noisy image y_t, and is told the noise level
 γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U, which
-works at several scales: scale 0 is the image's resolution, and each further scale halves it.
+works at several scales: scale 0 is the image's resolution, and each further scale halves it. In blocks, x is any input.
 """
 
 import math
@@ -26,11 +26,11 @@ class ResidualBlock(nn.Module):
     """A residual block as in BigGAN, which also resamples; the sum is rescaled by 1/√2 (section 2.4).
 
     GroupNorm, SiLU, 3×3 convolution, twice: [B, in_channels, H, W] -> [B, out_channels, H', W'], where H' is H, or
-    H / 2 (`resample="down"`), or 2 H (`"up"`). The noise level, embedded in [B, embedding_dim], scales and shifts the
+    H / 2 (`resample="down"`), or 2 H (`"up"`). The noise level, embedded as [B, embedding_dim], scales and shifts the
     second norm.
     """
 
-    has_skip = False  # between its halves the U connects stages only
+    has_skip = False  # the U's skip connections start and end at a Stage, see below
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, resample: str):
         super().__init__()
@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention among the pixels of [B, C, H, W], with a residual sum like a block's."""
+    """Self-attention among the pixels of [B, C, H, W], with a residual sum that we rescale like a block's."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -88,10 +88,11 @@ class UNet(nn.Module):
     """U(x, y_t, γ): x and y_t [B, C, H, W] and γ [B] in [0, 1] -> [B, C, H, W].
 
     Scale i of the U, counted from 0, works at H / 2^i with features · channel_multipliers[i] channels. Each half has
-    `blocks_per_level` stages on every scale; the output of a stage on the way down is concatenated to the input of its
-    mirror image on the way up. In stages whose resolution is in `attention_resolutions`, self-attention follows the
-    residual block. C is `image_channels`; `image_size` is H and W, which must halve evenly; features must be a multiple
-    of GROUPS and of `attention_heads`. `forward` raises ValueError for an x of another shape.
+    `blocks_per_level` stages on every scale (that level is a scale, not one of noise); the output of a stage on the way
+    down is concatenated to the input of its mirror image on the way up. In stages whose resolution is in
+    `attention_resolutions`, self-attention follows the residual block. C is `image_channels`; `image_size` is H and W,
+    which must halve evenly; features must be a multiple of GROUPS and of `attention_heads`. `forward` raises ValueError
+    for an x of another shape.
     """
 
     def __init__(
@@ -145,8 +146,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
         if list(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x is {list(x.shape)}: this network wants [B, {', '.join(map(str, self.image_shape))}]")
-        # The noise level as the angle whose cosine is √γ and whose sine is √(1 - γ). It spreads the levels near γ = 0
-        # and near γ = 1, where γ itself crowds them.
+        # Ours: the noise level as the angle whose cosine is √γ and whose sine is √(1 - γ). It spreads the levels near
+        # γ = 0 and near γ = 1, where γ itself crowds them.
         angle = torch.atan2((1 - gamma).sqrt(), gamma.sqrt())  # [B]
         phases = rearrange(angle, "b -> b 1") * self.frequencies
         embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1).to(x.dtype))  # [B, embedding_dim]

@@ -25,11 +25,11 @@ from unet import UNet
 
 
 def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """From uint8 images [B, C, H, W] in 0…255 the target y_0, the low-resolution image and the context x.
+    """Makes y_0 [B, C, H, W], the low-resolution image [B, C, h, w], both in [-1, 1], and x [B, C, H, W].
 
-    They are [B, C, H, W] and [B, C, low_res_size, low_res_size] in [-1, 1], and [B, C, H, W]. x is no picture: beside
-    edges, bicubic enlargement overshoots [-1, 1], by up to 0.17 for MNIST at 8×. The network needs that: a clamped x
-    says less of what a dark pixel holds.
+    `images` are uint8 in 0…255; h and w are `low_res_size`. x is no picture: next to edges, bicubic enlargement
+    overshoots [-1, 1], by up to 0.17 for MNIST at 8×. The network needs that: clamping x would discard what the
+    overshoot tells about the pixels below it.
     """
     high_res = to_float(images)
     low_res = downsample(high_res, low_res_size)
@@ -75,7 +75,7 @@ def build_model(config: SimpleNamespace) -> SR3 | Regression:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Regression:
-    """A checkpoint's model, its averaged weights, with its `config` and `step`. Raises InputError for anything else."""
+    """A checkpoint's model, its averaged weights, with its `config` and `step`. Raises InputError for other files."""
     checkpoint = load_checkpoint(path)
     config = complete_settings(checkpoint["config"], path)
     model = build_model(config)
@@ -89,9 +89,9 @@ def super_resolve(
 ) -> Tensor:
     """Samples for low-resolution images, [N, C, h, w] in [-1, 1]: [N, C, H, W] in [0, 1], rounded to 8 bits.
 
-    `model` is from `load_model`; its enlarged x is made here. Each image has a seed of its own, on which its noise
-    depends, and on nothing else. `steps` are the refinement steps, the checkpoint's own if None. Raises ValueError for
-    images of another size than the model was trained for, and unless there is a seed for each.
+    `model` is from `load_model`; its enlarged x is made here. Each image's noise depends on its own seed only. `steps`
+    are the refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than the model
+    was trained for, and unless there is a seed for each.
     """
     seeds, size = list(seeds), model.config.low_res_size
     if list(low_res.shape[1:]) != [model.config.channels, size, size] or len(seeds) != len(low_res):
@@ -113,8 +113,10 @@ def super_resolve(
 
 
 def picture_of(images: Tensor, columns: int, scale: int = 2, labels: list[str] | None = None) -> Image.Image:
-    """[N, C, H, W] in [0, 1] as one picture in so many columns, with their labels; a pixel is scale × scale."""
+    """[N, C, H, W] in [0, 1] as one picture in `columns` columns, labelled; each pixel is drawn scale × scale."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
+    if len(images) == 1:  # make_grid gives a single one no frame
+        grid = F.pad(grid, (2, 2, 2, 2), value=0.5)
     picture = to_pil_image((255 * grid).round().byte())  # rows · (H + 2) + 2 by columns · (W + 2) + 2 pixels
     picture = picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
     if labels:
@@ -122,7 +124,7 @@ def picture_of(images: Tensor, columns: int, scale: int = 2, labels: list[str] |
         picture = ImageOps.expand(picture, (0, 16 * lines, 0, 0), "white")
         cell, font = scale * (images.shape[-1] + 2), ImageFont.load_default(12)
         for i, label in enumerate(labels):
-            centre = (cell * (i + 0.5) + scale, 1)  # the line's 16 pixels hold the tails of its letters, too
+            centre = (cell * (i + 0.5) + scale, 1)  # the line's 16 pixels hold descenders, too
             ImageDraw.Draw(picture).multiline_text(centre, label, "black", font, anchor="ma", align="center")
     return picture
 
@@ -134,7 +136,7 @@ def picture_of_columns(columns: dict[str, Tensor], scale: int = 2) -> Image.Imag
 
 
 def save_picture(path: Path, picture: Image.Image, **options) -> None:
-    """Writes a picture in the format of its ending; the options are Pillow's."""
+    """Writes a picture in the format of its suffix, .png or .gif; the options are Pillow's."""
     buffer = io.BytesIO()
     picture.save(buffer, format=path.suffix[1:], **options)
     write_atomically(path, buffer.getvalue())

@@ -86,7 +86,7 @@ def test_a_run_logs_and_averages_its_weights_and_is_not_changed_by_drawing(finis
         average = [decay * old + (1 - decay) * new for old, new in zip(average, now)]
     torch.testing.assert_close([value.double() for value in checkpoint["ema"].values()], average, atol=1e-6, rtol=1e-5)
     out = capsys.readouterr().out  # what will be there is said first, how to go on last, as a shell takes it
-    assert out.startswith("digits: 3,000 images; 1 × cpu in float32.") and "progress.png" in out
+    assert out.startswith("digits: 3,000 images; 1 × cpu, float32.") and "progress.png" in out
     assert f"evaluate.py '{output}/checkpoint.pt'" in out and f"sample.py '{output}/checkpoint.pt'" in out
 
 
@@ -244,8 +244,8 @@ def test_what_is_not_finite_ends_a_run_before_it_overwrites(copied, tmp_path, fa
         return loss * math.nan if step == 1 else loss
 
     at_each_step(monkeypatch, spoil)
-    assert "is not finite, and not saved" in failure(run, copied, "--resume", num_training_steps=21, status=1)
-    assert "is not finite, and not saved" in failure(run, tmp_path / "new", status=1)
+    assert "is not finite: not saved" in failure(run, copied, "--resume", num_training_steps=21, status=1)
+    assert "is not finite: not saved" in failure(run, tmp_path / "new", status=1)
 
 
 @pytest.mark.parametrize("name", ["log.csv", "checkpoint.pt", "progress.png"])
