@@ -25,8 +25,8 @@ Generators = list[torch.Generator] | None  # one for each image, whose noise is 
 def noise_levels(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
     """γ_0 = 1 and γ_t = α_1 · … · α_t for t = 1…T, with β_t = 1 - α_t linear as in DDPM; [T + 1] in float64.
 
-    γ_t is the share of y_0's energy in y_t, equation (3). Sampling starts from pure noise, so γ_T must be next to
-    nothing, but not zero, as (10) divides by its root: raises ValueError unless 1e-8 < γ_T < 0.01.
+    γ_t is the share of y_0's energy that is left in y_t, equation (3). Sampling starts from pure noise, so γ_T must be
+    next to nothing, but not zero, as (10) divides by its root: raises ValueError unless 1e-8 < γ_T < 0.01.
     """
     alphas = 1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
     gammas = torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)])
@@ -76,8 +76,8 @@ class SR3(nn.Module):
 
         With `loss_weight="1"` it is the paper's (6) with p = 2, the mean of (f_θ - ε)². Since f_θ - ε = √γ (U - v),
         with the v of `predict_noise`, that nearly ignores U's errors at small γ, where the layout of the image is
-        decided. With "1/gamma" each error is divided by its γ, which leaves (U - v)²: all levels count alike (the
-        "SNR + 1" weighting of Salimans and Ho, where SNR is γ / (1 - γ)).
+        decided. With "1/gamma" each error is divided by its γ, which leaves (U - v)²: all levels count alike. (Salimans
+        and Ho call this weight "SNR + 1", with SNR = γ / (1 - γ), as they weight the error of ŷ_0 and not of f_θ.)
         """
         # Line 3: γ ~ p(γ): t uniform in 1…T, then γ uniform between γ_t and γ_{t-1} (section 2.4).
         t = torch.randint(1, len(self.gammas), high_res.shape[:1], device=high_res.device)  # [B]
@@ -91,12 +91,12 @@ class SR3(nn.Module):
         return (error / level if self.loss_weight == "1/gamma" else error).mean()
 
     def levels(self, steps: int) -> list[float]:
-        """The `steps` + 1 noise levels for inference, from γ_T to γ_0 = 1: γ at t_i = T (i / steps)^1.5, rounded down.
+        """The `steps` + 1 noise levels for inference, γ_T to γ_0 = 1: γ_t at t = T (i / steps)^1.5, for i = steps…0.
 
         f_θ is told γ and not t, so the levels can be chosen after training; the paper, too, searches for good ones.
         These lie closer together towards the image, as ŷ_0 hardly changes while γ is tiny; measured: 10 of them do what
         25 even ones do.
-        t_i is at least i, so that all levels differ. Raises ValueError unless 1 ≤ steps ≤ T.
+        t is rounded down, but at least i, so that all levels differ. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         T = len(self.schedule) - 1
         if not 1 <= steps <= T:
@@ -107,9 +107,9 @@ class SR3(nn.Module):
     def refine(self, context: Tensor, steps: int, generators: Generators = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_t that it arrives at and the ŷ_0 it came from.
 
-        The last y_t is the image, in [-1, 1]. Beside the levels, the clamp (y_0 is in [-1, 1]) and the variance, this
+        The last y_t is the image, in [-1, 1]. Besides the levels, the clamp (y_0 is in [-1, 1]) and the variance, this
         differs from the paper: Algorithm 2 takes a step as if ŷ_0 stayed the same, which in large steps makes samples
-        too much alike. Here the step uses the ŷ_0 that is expected at its middle if ŷ_0 goes on changing linearly in
+        too similar. Here the step uses the ŷ_0 that is expected at its middle if ŷ_0 goes on changing linearly in
         log(γ / (1 - γ)): the second-order multistep update of SDE-DPM-Solver++ (Lu et al., arXiv 2211.01095).
         """
         levels = self.levels(steps)

@@ -6,8 +6,8 @@
     python train_mnist.py --resume
     torchrun --standalone --nproc_per_node=8 train_mnist.py --batch_size 128
 
-Read this script from top to bottom beside the paper (arXiv 2104.07636), then sr3.py, unet.py and utils.py. All settings
-and their reasons are in configs/mnist.toml. What lies in support/ is needed, but teaches nothing about SR3.
+Read this script from top to bottom beside the paper (arXiv 2104.07636), then make_pair in utils.py, sr3.py and unet.py.
+All settings and their reasons are in configs/mnist.toml. support/ is needed, but teaches nothing about SR3.
 """
 
 import math
@@ -35,7 +35,7 @@ LOG_EVERY = 100  # steps between two rows of the log
 LOG_COLUMNS = ["dataset", "step", "loss", "learning_rate", "psnr", "ssim", "consistency"]
 
 
-@one_line_errors("give a smaller --batch_size or --image_size, or a smaller data set (all in memory)")
+@one_line_errors(if_too_large="give a smaller --batch_size or --image_size, or a smaller data set")
 def main(arguments: list[str] | None = None) -> None:
     # 1. Settings ------------------------------------------------------------------------------------------------------
     # Those of configs/mnist.toml, overridden by the lines of --config_path, then by the flags. A resumed run starts
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # 2. Data ----------------------------------------------------------------------------------------------------------
     # All training images on the device (MNIST: 61 MB), and 64 test images for the grids. Where MNIST can't be had, a
-    # new run draws digits instead, and config.dataset becomes "digits". The labels are not needed. torchrun starts
+    # new run takes pen-drawn digits, and config.dataset becomes "digits". The labels are not needed. torchrun starts
     # several processes, `ranks`, each with a device of its own and its share of each batch.
     device = machine.choose_device(flags.device)
     rank, ranks = machine.join_ranks(device)
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     precision = machine.choose_precision(config.precision, device)
     model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     ema = deepcopy(model).eval()
-    rate = torch.zeros((), device=device)  # the learning rate: a tensor, so that a recorded step reads its new value
+    rate = torch.zeros((), device=device)  # the learning rate: a tensor, so that a CUDA graph (4.) reads its new value
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
     step, log = 0, []
     if checkpoint:
@@ -85,14 +85,14 @@ def main(arguments: list[str] | None = None) -> None:
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
     if rank == 0:
         print(f"{config.dataset}: {len(images):,} images; {ranks} × {device.type}, {precision}. {output_dir} will have")
-        print("progress.png, log.csv and checkpoint.pt; by step sr (samples), lr (inputs), hr (truth), refinement", flush=True)
+        print("progress.png, log.csv, checkpoint.pt; by step: sr (samples), lr (inputs), hr, refinement", flush=True)
 
     # 4. Training: Algorithm 1 -----------------------------------------------------------------------------------------
     def training_step() -> Tensor:
         # Line 2: a pair (x, y_0); the context x is made from y_0 itself, shrunk and enlarged bicubically.
         indices = torch.randint(len(images), (batch_size,), device=device)
         high_res, _, context = make_pair(images[indices], config.low_res_size)  # y_0 and x, [B, C, H, W]
-        # Lines 3 and 4 are in SR3.forward, which returns the loss of line 5, weighted. (A regression draws no noise.)
+        # Lines 3 and 4 are in SR3.forward, which returns the loss (6), weighted as `loss_weight` says.
         with machine.autocast(device, precision):
             loss = parallel(high_res, context)
         # Line 5: a gradient step on that loss.
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
             learning_rate = config.learning_rate * min(1, step / max(1, config.warmup_steps))
             optimizer.param_groups[0]["lr"].fill_(learning_rate)  # not `rate`, which a resumed run has replaced
             loss = training_step()
-            # DDPM, too, averages its weights; these are on average a tenth of all steps old.
+            # DDPM, too, averages its weights; those in this average are, on average, a tenth of the run old.
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 9 / (10 + step))  # average.lerp_(weight, …) for all at once
 
@@ -161,20 +161,20 @@ def main(arguments: list[str] | None = None) -> None:
     machine.leave_ranks(ranks)
     if rank == 0:
         path, data = shlex.quote(str(checkpoint_path)), shlex.quote(str(flags.data_dir))
-        print(f"all {step} steps are done; judge them: python evaluate.py {path} --data_dir {data}")
-        print(f"and draw with them: python sample.py {path}")
+        print(f"all {step} steps are done; to judge the model: python evaluate.py {path} --data_dir {data}")
+        print(f"to draw with it: python sample.py {path}")
 
 
 def draw(model: nn.Module, images: Tensor, config, precision: str, output_dir: Path, step: int) -> dict:
     """Draws the same images from the same noise each time, and returns their metrics, the last columns of the log.
 
-    Grids hr: the targets; lr: the inputs; sr: the results; refinement: the estimates ŷ_0 at up to six levels, for the
+    Grids: hr, the targets; lr, the inputs; sr, the results; refinement, the estimates ŷ_0 at up to six levels, for the
     eight images where they change most. The animation, after the last step, shows the input, ŷ_0 and y_t.
     """
     # Draw: at most 50 pairs of y_t and ŷ_0 are kept, by step, the last one among them.
     high_res, low_res, context = make_pair(images, config.low_res_size)  # [64, C, H or h, W or w]
     generators = [torch.Generator().manual_seed(number) for number in range(len(images))]
-    steps, kept = config.sampling_steps if config.method == "sr3" else 1, {}
+    kept, steps = {}, config.sampling_steps if config.method == "sr3" else 1
     with machine.autocast(images.device, precision):
         for i, pair in enumerate(model.refine(context, steps, generators), start=1):
             if (steps - i) % math.ceil(steps / 50) == 0:

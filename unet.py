@@ -1,4 +1,4 @@
-"""The U-Net U(x, y_t, γ): DDPM's, with changes from the paper's section 2.4, and our own where it says so.
+"""The U-Net U(x, y_t, γ): DDPM's, made smaller, with changes from the paper's section 2.4, and ours where it says so.
 
 It sees the low-resolution image x, enlarged to the target size, beside the noisy image y_t, and is told the noise level
 γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U, which
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-GROUPS = 8  # of every GroupNorm; DDPM's 32 don't divide 16 features
+GROUPS = 8  # of every GroupNorm; DDPM's 32 would not divide 16 features
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
@@ -27,10 +27,10 @@ class ResidualBlock(nn.Module):
 
     GroupNorm, SiLU, 3×3 convolution, twice: [B, in_channels, H, W] -> [B, out_channels, H', W'], where H' is H, or
     H / 2 (`resample="down"`), or 2 H (`"up"`). The noise level, embedded as [B, embedding_dim], scales and shifts the
-    second norm.
+    second norm (DDPM only adds it).
     """
 
-    has_skip = False  # the U's skip connections start and end at a Stage, see below
+    has_skip = False  # the U's skip connections, unlike `skip` below, start and end at stages only
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, resample: str):
         super().__init__()
@@ -119,7 +119,7 @@ class UNet(nn.Module):
         def attention(i: int) -> nn.Module:
             return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
 
-        # `forward` embeds γ as an angle from 0 to π / 2: frequency 1 resolves coarse differences, 1000 the finest.
+        # Frequencies of γ's embedding; `forward` feeds them an angle in [0, π / 2]. 1 is coarse, 1000 the finest.
         self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(features, embedding_dim),

@@ -21,15 +21,15 @@ from tqdm import tqdm
 from sr3 import SR3, Regression, noise_levels
 from unet import UNet
 
-# The pair: how the low-resolution image is made, and from it the context x (the latter: section 2.4) -----------------
+# The pair: the low-resolution image, and from it the context x (section 2.4) -----------------------------------------
 
 
 def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Makes y_0 [B, C, H, W], the low-resolution image [B, C, h, w], both in [-1, 1], and x [B, C, H, W].
 
-    `images` are uint8 in 0…255; h and w are `low_res_size`. x is no picture: next to edges, bicubic enlargement
-    overshoots [-1, 1], by up to 0.17 for MNIST at 8×. The network needs that: clamping x would discard what the
-    overshoot tells about the pixels below it.
+    `images` are uint8 in 0…255; h and w are `low_res_size`. x is not a picture to look at: next to edges, bicubic
+    enlargement overshoots [-1, 1], by up to 0.17 for MNIST at 8×. The network needs that: clamping x would discard what
+    the overshoot tells about the image.
     """
     high_res = to_float(images)
     low_res = downsample(high_res, low_res_size)
@@ -64,7 +64,7 @@ def build_model(config: SimpleNamespace) -> SR3 | Regression:
     try:
         noise_levels(config.num_timesteps, config.beta_start, config.beta_end)
     except ValueError as error:
-        raise InputError(error) from None  # what else goes wrong in a model is a bug
+        raise InputError(error) from None  # only this: a ValueError from the lines below is a bug
     unet = UNet(
         config.channels, config.features, config.channel_multipliers, config.blocks_per_level,
         config.attention_resolutions, config.attention_heads, config.dropout, config.image_size,
@@ -79,7 +79,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Re
     checkpoint = load_checkpoint(path)
     config = complete_settings(checkpoint["config"], path)
     model = build_model(config)
-    load_state(model, checkpoint["ema"], path)  # half precision becomes float32 here
+    load_state(model, checkpoint["ema"], path)  # shipped weights are in half precision; the model stays float32
     model.config, model.step = config, checkpoint["step"]
     return model.eval().to(device, memory_format=choose_layout(torch.device(device)))
 

@@ -6,7 +6,8 @@
 
 Without a checkpoint: the low-resolution image, the context x, the target y_0, and y_t of equation (5) at five noise
 levels γ, of MNIST. With checkpoints of one data set: the low-resolution image, x, what each model makes of it (an SR3
-two samples), and y_0. With --real_digits, which needs scikit-learn: the same of 8×8 digits that were never larger.
+two samples), and y_0. With --real_digits, which needs scikit-learn: 8×8 digits that were never larger, and below them
+the same rows.
 """
 
 import sys
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from sr3 import SR3
-from utils import load_model, make_pair, picture_of_columns, save_picture, super_resolve, to_unit, upsample
+from utils import load_model, make_pair, super_resolve, to_unit, upsample
+from utils import picture_of, picture_of_columns, save_picture
 
 
 @one_line_errors()
@@ -54,7 +56,11 @@ def main() -> None:
         noise = torch.randn(high_res.shape, generator=torch.Generator().manual_seed(0))
         for gamma in (0.99, 0.8, 0.4, 0.1, 0.01):
             columns[f"gamma {gamma}"] = to_unit(gamma**0.5 * high_res + (1 - gamma) ** 0.5 * noise)  # equation (5)
-    save_picture(Path(flags.output), picture_of_columns(columns, scale=3))
+    if flags.real_digits:
+        picture = picture_of(torch.cat(list(columns.values())), columns=flags.num_images)  # a row for each
+    else:
+        picture = picture_of_columns(columns, scale=3)
+    save_picture(Path(flags.output), picture)
 
 
 def answers(model, low_res: Tensor, several: bool) -> dict[str, Tensor]:
