@@ -1,6 +1,6 @@
 """SR3, "Image Super-Resolution via Iterative Refinement" (arXiv 2104.07636): the noise levels, Algorithms 1 and 2.
 
-A diffusion adds noise to the high-resolution image y_0 until almost nothing is left of it (section 2.1). f_θ learns to
+Diffusion adds noise to the high-resolution image y_0 until almost nothing is left of it (section 2.1). f_θ learns to
 predict that noise, with the low-resolution image x beside it (section 2.2, Algorithm 1). A new image starts from pure
 noise, which is removed step by step (section 2.3, Algorithm 2). Last comes the paper's regression baseline.
 
@@ -30,9 +30,9 @@ def noise_levels(num_timesteps: int, beta_start: float, beta_end: float) -> Tens
     """
     alphas = 1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
     gammas = torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)])
-    if not (alphas.min() > 0 and gammas[1] < 1 and 1e-8 < gammas[-1] < 0.01):
+    if not (alphas.min() > 0 and alphas.max() < 1 and 1e-8 < gammas[-1] < 0.01):
         schedule = f"beta_start {beta_start}, beta_end {beta_end}, num_timesteps {num_timesteps}"
-        hint = "it must lie between 1e-8 and 0.01, and a larger beta_end lowers it"
+        hint = "it must lie between 1e-8 and 0.01 (a larger beta_end lowers it), each beta between 0 and 1"
         raise ValueError(f"{schedule}: γ_T is {gammas[-1].item():.2g}; {hint}")
     return gammas
 
@@ -93,9 +93,9 @@ class SR3(nn.Module):
     def levels(self, steps: int) -> list[float]:
         """The `steps` + 1 noise levels for inference, γ_T to γ_0 = 1: γ_t at t = T (i / steps)^1.5, for i = steps…0.
 
-        f_θ is told γ and not t, so the levels can be chosen after training; the paper, too, searches for good ones.
+        f_θ is told γ and not t, so the levels can be chosen after training; the paper does so by a search.
         These lie closer together towards the image, as ŷ_0 hardly changes while γ is tiny; measured: 10 of them do what
-        25 even ones do.
+        25 evenly spaced ones do.
         t is rounded down, but at least i, so that all levels differ. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         T = len(self.schedule) - 1
@@ -108,7 +108,7 @@ class SR3(nn.Module):
         """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_t that it arrives at and the ŷ_0 it came from.
 
         The last y_t is the image, in [-1, 1]. Besides the levels, the clamp (y_0 is in [-1, 1]) and the variance, this
-        differs from the paper: Algorithm 2 takes a step as if ŷ_0 stayed the same, which in large steps makes samples
+        differs from the paper: Algorithm 2 takes a step as if ŷ_0 stayed the same, which with large steps makes samples
         too similar. Here the step uses the ŷ_0 that is expected at its middle if ŷ_0 goes on changing linearly in
         log(γ / (1 - γ)): the second-order multistep update of SDE-DPM-Solver++ (Lu et al., arXiv 2211.01095).
         """
@@ -126,8 +126,8 @@ class SR3(nn.Module):
             earlier = y_0_hat
             # Line 3: z ~ N(0, I), but no noise in the last step.
             z = draw_noise(context, generators) if gamma_s < 1 else 0
-            # Line 4, with the mean and the variance of equation (4), where the estimate stands in for y_0. (With ŷ_0
-            # itself, unclamped, the mean is equation (11). The paper's variance, 1 - α_t, leaves grain in few steps.)
+            # Line 4, with the mean and the variance of equation (4), where y_0_halfway stands in for y_0. (With ŷ_0
+            # itself, unclamped, the mean is equation (11). The paper's variance, 1 - α_t, leaves grain with few steps.)
             mean = (gamma_s**0.5 * (1 - alpha_t) * y_0_halfway + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
             variance = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)
             y_t = mean + variance**0.5 * z

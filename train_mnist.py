@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     precision = machine.choose_precision(config.precision, device)
     model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     ema = deepcopy(model).eval()
-    rate = torch.zeros((), device=device)  # the learning rate: a tensor, so that a CUDA graph (4.) reads its new value
+    rate = torch.zeros((), device=device)  # the learning rate: a tensor, so that the CUDA graph below reads new values
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
     step, log = 0, []
     if checkpoint:
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
             learning_rate = config.learning_rate * min(1, step / max(1, config.warmup_steps))
             optimizer.param_groups[0]["lr"].fill_(learning_rate)  # not `rate`, which a resumed run has replaced
             loss = training_step()
-            # DDPM, too, averages its weights; those in this average are, on average, a tenth of the run old.
+            # DDPM, too, averages its weights; the mean age of those in this average is a tenth of the steps so far.
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 9 / (10 + step))  # average.lerp_(weight, …) for all at once
 
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
                 break
 
     if failures:
-        raise failures[0]  # of the last step: the next one can't make up for it
+        raise failures[0]  # of the last step: no later one can make up for it
     if step < config.num_training_steps:
         print(f"stopped after step {step}; the same command with --resume goes on from there")
         raise SystemExit(128 + signals[0])
@@ -169,7 +169,7 @@ def draw(model: nn.Module, images: Tensor, config, precision: str, output_dir: P
     """Draws the same images from the same noise each time, and returns their metrics, the last columns of the log.
 
     Grids: hr, the targets; lr, the inputs; sr, the results; refinement, the estimates ŷ_0 at up to six levels, for the
-    eight images where they change most. The animation, after the last step, shows the input, ŷ_0 and y_t.
+    eight images where they change most. The animation, after the last training step, shows the input, ŷ_0 and y_t.
     """
     # Draw: at most 50 pairs of y_t and ŷ_0 are kept, by step, the last one among them.
     high_res, low_res, context = make_pair(images, config.low_res_size)  # [64, C, H or h, W or w]

@@ -30,7 +30,7 @@ class ResidualBlock(nn.Module):
     second norm (DDPM only adds it).
     """
 
-    has_skip = False  # the U's skip connections, unlike `skip` below, start and end at stages only
+    has_skip = False  # the U's skip connections, unlike `skip` below, start and end at a `Stage`: see UNet.forward
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, resample: str):
         super().__init__()

@@ -273,7 +273,7 @@ REFUSED = [  # flags, words of the line, what raises which error
     ("--num_training_steps many", "num_training_steps: 'many' is not a whole number above 0", None),
     ("--early_samples 5 0", "argument --early_samples: '0' is not a whole number above 0", None),
     ("--channels 2", "channels is 2: it must be 1 (grey) or 3 (colour)", None),
-    ("--num_timesteps 100", "γ_T is 0.61; it must lie between 1e-8 and 0.01, and a larger beta_end lowers it", None),
+    ("--num_timesteps 100", "γ_T is 0.61; it must lie between 1e-8 and 0.01 (a larger beta_end lowers it)", None),
     ("--batch 3", "unrecognized arguments: --batch 3", None),
     ("--device toaster", "device toaster is none of cuda, mps (one rank only), cpu", None),
     ("--config_path none.toml", "none.toml: No such file", None),
