@@ -94,7 +94,7 @@ class SR3(nn.Module):
         """The `steps` + 1 noise levels for inference, γ_T to γ_0 = 1: γ_t at t = T (i / steps)^1.5, for i = steps…0.
 
         f_θ is told γ and not t, so the levels can be chosen after training; the paper does so by a search.
-        These lie closer together towards the image, as ŷ_0 hardly changes while γ is tiny; measured: 10 of them do what
+        The t lie closer together towards the image, as ŷ_0 hardly changes while γ is tiny; measured: 10 of them do what
         25 evenly spaced ones do.
         t is rounded down, but at least i, so that all levels differ. Raises ValueError unless 1 ≤ steps ≤ T.
         """
@@ -105,15 +105,15 @@ class SR3(nn.Module):
 
     @torch.no_grad()
     def refine(self, context: Tensor, steps: int, generators: Generators = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_t that it arrives at and the ŷ_0 it came from.
+        """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_t that it arrives at and the ŷ_0 at its start.
 
         The last y_t is the image, in [-1, 1]. Besides the levels, the clamp (y_0 is in [-1, 1]) and the variance, this
         differs from the paper: Algorithm 2 takes a step as if ŷ_0 stayed the same, which with large steps makes samples
-        too similar. Here the step uses the ŷ_0 that is expected at its middle if ŷ_0 goes on changing linearly in
+        too alike. Here the step uses the ŷ_0 that is expected at its middle if ŷ_0 goes on changing linearly in
         log(γ / (1 - γ)): the second-order multistep update of SDE-DPM-Solver++ (Lu et al., arXiv 2211.01095).
         """
         levels = self.levels(steps)
-        widths = torch.tensor(levels, dtype=torch.float64).logit().diff().tolist()  # of steps, in log(γ / (1 - γ))
+        lengths = torch.tensor(levels, dtype=torch.float64).logit().diff().tolist()  # of steps, in log(γ / (1 - γ))
         y_t = draw_noise(context, generators)  # line 1: y_T ~ N(0, I)
         for i, (gamma_t, gamma_s) in enumerate(pairwise(levels)):  # line 2: from t to s, the next of the chosen levels
             alpha_t = gamma_t / gamma_s  # the α_t of a process that has only these levels
@@ -121,8 +121,8 @@ class SR3(nn.Module):
             noise = self.predict_noise(context, y_t, gamma)
             y_0_hat = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
             y_0_halfway = y_0_hat
-            if 0 < i < steps - 1:  # the first step has no earlier ŷ_0, the last an infinite width
-                y_0_halfway = y_0_hat + 0.5 * widths[i] / widths[i - 1] * (y_0_hat - earlier)
+            if 0 < i < steps - 1:  # the first step has no earlier ŷ_0, the last an infinite length
+                y_0_halfway = y_0_hat + 0.5 * lengths[i] / lengths[i - 1] * (y_0_hat - earlier)
             earlier = y_0_hat
             # Line 3: z ~ N(0, I), but no noise in the last step.
             z = draw_noise(context, generators) if gamma_s < 1 else 0
