@@ -59,7 +59,7 @@ def one_line_errors(if_too_large: str = "give fewer images") -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    words = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # the last is cuDNN's
+    words = ("out of memory", "allocate memory", "enough memory", "size calculation overflowed", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
