@@ -4,7 +4,7 @@
     python sample.py output/reference/8x/sr3.pt --num_samples 8 --seed 1
 
 A model of MNIST, or of drawn digits, knows digits that are white on black, of one size and in the middle: so your own
-drawing or photo of a digit is turned round, scaled and moved until it is framed like them. What the model gets is the
+drawing or photo of a digit is inverted, scaled and moved until it is framed like them. What the model gets is the
 row's "original", shrunk; --as_is leaves all pictures as they are, apart from cropping them to their middle squares, as
 is done for other models, too. A picture of the model's low resolution is the input itself, without an original.
 

@@ -21,7 +21,7 @@ MIDDLE = 14.2 / 28  # of the side: MNIST's centres of mass lie between 14 and 15
 def frame_digit(picture: Image.Image, size: int, name: str) -> Tensor:
     """From a grey picture of any size the framed one, uint8 [1, 1, size, size]: white ink on black.
 
-    A dark digit on a light ground is turned round, with a line on stderr that begins with the picture's name. Shadows
+    A dark digit on a light ground is inverted, with a line on stderr that begins with the picture's name. Shadows
     and grey levels are evened out, specks erased, very thin or thick strokes brought near MNIST's. Raises InputError
     where nothing stands out from an even ground.
     """
@@ -33,7 +33,7 @@ def frame_digit(picture: Image.Image, size: int, name: str) -> Tensor:
     if longer < 5:
         raise InputError(f"{name} shows no digit, only specks; give another picture, or --as_is")
     if is_light:
-        print(f"{name} has a light ground: turned round, white on black", file=sys.stderr)
+        print(f"{name} has a light ground: inverted to white on black", file=sys.stderr)
     # The square that becomes the picture; it may reach beyond the canvas, so that gets a margin.
     side = longer / BOX
     margin = math.ceil(side)
