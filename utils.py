@@ -28,8 +28,8 @@ def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor
     """Makes y_0 [B, C, H, W], the low-resolution image [B, C, h, w], both in [-1, 1], and x [B, C, H, W].
 
     `images` are uint8 in 0…255; h and w are `low_res_size`. x is not a picture to look at: next to edges, bicubic
-    enlargement overshoots [-1, 1], by up to 0.28 for MNIST at 8×. The network needs that: clamping x would discard what
-    the overshoot tells about the image.
+    enlargement overshoots [-1, 1], by up to 0.28 for MNIST at 8×. A network that was trained on that x fails on one that
+    is clamped, as by a picture file.
     """
     high_res = to_float(images)
     low_res = downsample(high_res, low_res_size)
