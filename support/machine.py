@@ -30,11 +30,13 @@ def choose_device(name: str | None = None) -> torch.device:
         if rank >= gpus:
             raise InputError(f"there are more ranks than GPUs, {gpus}; give --nproc_per_node={gpus}, or --device cpu")
         candidates = [f"cuda:{rank}"]
-        torch.cuda.set_device(rank)
     for candidate in candidates:
         try:
             torch.ones(1, device=candidate).sum().item()  # fails on a GPU that is too old for this PyTorch
-            return torch.zeros(1, device=candidate).device
+            device = torch.zeros(1, device=candidate).device
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a step is captured on the current one
+            return device
         except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
             reason = str(error).strip().splitlines()[0][:100]
         if name:
