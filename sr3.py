@@ -94,7 +94,7 @@ class SR3(nn.Module):
         """The `steps` + 1 noise levels for inference, γ_T to γ_0 = 1: γ_t at t = T (i / steps)^1.5, for i = steps…0.
 
         f_θ is told γ and not t, so the levels can be chosen after training; the paper does so by a search.
-        The t lie closer together towards the image, as ŷ_0 hardly changes while γ is tiny; measured: 10 of them do what
+        The t lie closer together towards the image, as ŷ_0 hardly changes while γ is tiny; measured: 10 do about what
         25 evenly spaced ones do.
         t is rounded down, but at least i, so that all levels differ. Raises ValueError unless 1 ≤ steps ≤ T.
         """
