@@ -38,7 +38,7 @@ class HeldOut:
 
     truth: Tensor  # [N, C, H, W] in [0, 1]
     low_res: Tensor  # [N, C, h, w] in [-1, 1]
-    context: Tensor  # x, [N, C, H, W], a little beyond [-1, 1]
+    context: Tensor  # x, [N, C, H, W] in [-1, 1]
     seeds: Tensor  # int64 [N]: each image's number in the test set
     total: int  # M: seeds + M are other seeds, and no other image's
     labels: Tensor | None = None  # int64 [N]; without labels there is none of what follows

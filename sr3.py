@@ -4,9 +4,9 @@ Diffusion adds noise to the high-resolution image y_0 until almost nothing is le
 predict that noise, with the low-resolution image x beside it (section 2.2, Algorithm 1). A new image starts from pure
 noise, which is removed step by step (section 2.3, Algorithm 2). Last comes the paper's regression baseline.
 
-y_0 is [B, C, H, W] in [-1, 1]. x has the same shape: it is the low-resolution image, already enlarged to the size of
-y_0, which makes it overshoot [-1, 1] a little; the code calls it `context`. U is the U-Net that f_θ is computed from;
-in the paper f_θ is U itself, see `predict_noise`.
+y_0 is [B, C, H, W] in [-1, 1]. x has the same shape and range: it is the low-resolution image, already enlarged to the
+size of y_0; the code calls it `context`. U is the U-Net that f_θ is computed from; in the paper f_θ is U itself, see
+`predict_noise`.
 This file needs torch and einops only. To use SR3 in a project of your own, copy it together with unet.py, or pass in
 any network that is called as unet(x, y_t, gamma), with gamma [B], and returns [B, C, H, W].
 """
