@@ -127,7 +127,7 @@ class SR3(nn.Module):
             # Line 3: z ~ N(0, I), but no noise in the last step.
             z = draw_noise(context, generators) if gamma_s < 1 else 0
             # Line 4, with the mean and the variance of equation (4), where y_0_halfway stands in for y_0. (With ŷ_0
-            # itself, unclamped, the mean is equation (11). The paper's variance, 1 - α_t, leaves grain with few steps.)
+            # itself, unclamped, the mean is equation (11). The paper's variance, 1 - α_t, leaves grain in few steps.)
             mean = (gamma_s**0.5 * (1 - alpha_t) * y_0_halfway + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
             variance = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)
             y_t = mean + variance**0.5 * z

@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     # 2. Data ----------------------------------------------------------------------------------------------------------
     # All training images on the device (MNIST: 61 MB), and 64 test images for the grids. Where MNIST can't be had, a
-    # new run takes pen-drawn digits, and config.dataset becomes "digits". The labels are not needed. torchrun starts
-    # several processes, `ranks`, each with a device of its own and its share of each batch.
+    # new run takes digits that this lesson draws, and config.dataset becomes "digits". The labels are not needed.
+    # torchrun starts several processes, `ranks`, each with a device of its own and its share of each batch.
     device = machine.choose_device(flags.device)
     rank, ranks = machine.join_ranks(device)
     batch_size = machine.share_of_batch(config.batch_size, ranks)
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
             learning_rate = config.learning_rate * min(1, step / max(1, config.warmup_steps))
             optimizer.param_groups[0]["lr"].fill_(learning_rate)  # not `rate`, which a resumed run has replaced
             loss = training_step()
-            # DDPM, too, averages its weights; the mean age of those in this average is a tenth of the steps so far.
+            # DDPM, too, averages its weights; their mean age is a tenth of the steps so far.
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 9 / (10 + step))  # average.lerp_(weight, …) for all at once
 

@@ -1,4 +1,4 @@
-"""The U-Net U(x, y_t, γ): DDPM's, made smaller, with changes from the paper's section 2.4, and ours where it says so.
+"""The U-Net U(x, y_t, γ): DDPM's, made smaller, with the changes of the paper's section 2.4, and ours where it says so.
 
 It sees the low-resolution image x, enlarged to the target size, beside the noisy image y_t, and is told the noise level
 γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U, which

@@ -28,7 +28,7 @@ def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor
     """Makes y_0 [B, C, H, W], the low-resolution image [B, C, h, w] and x [B, C, H, W], all in [-1, 1].
 
     `images` are uint8 in 0…255; h and w are `low_res_size`. Both resamplings are clamped where they overshoot, so x is
-    what a picture file can hold. A network that was trained on an unclamped x was hardly better, and failed on others.
+    what a picture file can hold. A network trained on an unclamped x was hardly better, and failed on any other.
     """
     high_res = to_float(images)
     low_res = downsample(high_res, low_res_size)
@@ -88,7 +88,7 @@ def super_resolve(
 ) -> Tensor:
     """Samples for low-resolution images, [N, C, h, w] in [-1, 1]: [N, C, H, W] in [0, 1], rounded to 8 bits.
 
-    `model` is from `load_model`; its enlarged x is made here. Each image's noise depends on its own seed only. `steps`
+    `model` is from `load_model`; x is made here. Each image's noise depends on its own seed only. `steps`
     are the refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than the model
     was trained for, and unless there is a seed for each.
     """
