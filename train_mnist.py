@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
             learning_rate = config.learning_rate * min(1, step / max(1, config.warmup_steps))
             optimizer.param_groups[0]["lr"].fill_(learning_rate)  # not `rate`, which a resumed run has replaced
             loss = training_step()
-            # DDPM, too, averages its weights; their mean age is a tenth of the steps so far.
+            # DDPM, too, samples with an average of its weights; here their mean age is a tenth of the steps so far.
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 9 / (10 + step))  # average.lerp_(weight, …) for all at once
 

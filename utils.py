@@ -28,7 +28,7 @@ def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor
     """Makes y_0 [B, C, H, W], the low-resolution image [B, C, h, w] and x [B, C, H, W], all in [-1, 1].
 
     `images` are uint8 in 0…255; h and w are `low_res_size`. Both resamplings are clamped where they overshoot, so x is
-    what a picture file can hold. A network trained on an unclamped x was hardly better, and failed on any other.
+    what a picture file can hold. A network trained on an unclamped x was hardly better, and failed on a clamped one.
     """
     high_res = to_float(images)
     low_res = downsample(high_res, low_res_size)
@@ -88,9 +88,9 @@ def super_resolve(
 ) -> Tensor:
     """Samples for low-resolution images, [N, C, h, w] in [-1, 1]: [N, C, H, W] in [0, 1], rounded to 8 bits.
 
-    `model` is from `load_model`; x is made here. Each image's noise depends on its own seed only. `steps`
-    are the refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than the model
-    was trained for, and unless there is a seed for each.
+    `model` is from `load_model`; x is made here. Each image's noise depends on its own seed only. `steps` are the
+    refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than the model was
+    trained for, and unless there is a seed for each.
     """
     seeds, size = list(seeds), model.config.low_res_size
     if list(low_res.shape[1:]) != [model.config.channels, size, size] or len(seeds) != len(low_res):
