@@ -9,8 +9,8 @@ row's "original", shrunk; --as_is leaves all pictures as they are, apart from cr
 is done for other models, too. A picture of the model's low resolution is the input itself, without an original.
 
 Without a picture, eight digits are drawn. The result is one picture with a row for each input: the input, its bicubic
-enlargement, the samples, and the original. Each sample of a row has a seed of its own, the first one --seed, and
-depends on that and the input only.
+enlargement, the samples, and the original. Sample 1 of each row has the seed --seed, sample 2 the next one,
+and so on: each depends on its seed and the input only.
 """
 
 import time
