@@ -46,7 +46,7 @@ def downsample(images: Tensor, size: int) -> Tensor:
 
 
 def upsample(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """Enlarges [B, C, h, w] to [B, C, size, size], clamped: to the context x, or to squares with "nearest-exact"."""
+    """Enlarges [B, C, h, w] to [B, C, size, size], clamped: bicubic gives x, "nearest-exact" squares to look at."""
     return F.interpolate(images, (size, size), mode=mode).clamp(-1, 1)
 
 
