@@ -20,7 +20,7 @@ def squared_difference(images: Tensor, others: Tensor) -> Tensor:
 
     Between two samples for the same x it is called spread, between a sample and the truth error. For a perfect sampler
     both are twice the variance of p(y | x) on average, so spread / error is 1; a regression, which has one answer only,
-    has 0. A ratio of 1 is necessary for good samples, not sufficient: real digits drawn without regard to x have 1, too.
+    has 0. A ratio of 1 is necessary for good samples, not sufficient: real digits drawn without regard to x have it.
     """
     return (images - others).square().mean(dim=(1, 2, 3))
 
