@@ -6,96 +6,79 @@
 A model of MNIST, or of drawn digits, knows digits that are white on black, of one size and in the middle: so your own
 drawing or photo of a digit is inverted, scaled and moved until it is framed like them. What the model gets is the
 row's "original", shrunk; --as_is leaves all pictures as they are, apart from cropping them to their middle squares, as
-is done for other models, too. A picture of the model's low resolution is the input itself, without an original.
+is done for other models, too. A picture of the model's low resolution is the input itself; then no row has an original.
 
 Without a picture, eight digits are drawn. The result is one picture with a row for each input: the input, its bicubic
-enlargement, the samples, and the original. Sample 1 of each row has the seed --seed, sample 2 the next one,
-and so on: each depends on its seed and the input only.
+enlargement, the samples, and the original. Sample 1 of each row has the seed --seed, sample 2 the next one, and so on:
+each depends on its seed and the input only.
 """
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
-
-from support.digits import draw_digits
-from support.errors import InputError, Parser, one_line_errors
-from support.framing import frame_digit
-from support.machine import choose_device
-from support.output import check_writable
-from support.pictures import PICTURE_ERRORS, read_picture
-from support.settings import check_together, number_reader
 
 import torch
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from utils import downsample, load_model, picture_of_columns, save_picture, super_resolve, to_float, to_unit, upsample
+from support.data import read_picture
+from support.digits import draw_digits
+from support.errors import InputError, Parser, one_line_errors
+from support.framing import frame_digit
+from support.machine import choose_device
+from support.settings import check, positive
+from utils import downsample, load_model, picture_of_columns, super_resolve, to_signed, to_unit, upsample
 
 
-@one_line_errors("give fewer pictures, or a smaller --num_samples")
+@one_line_errors()
 def main(arguments: list[str] | None = None) -> None:
-    positive, not_negative = number_reader(int, zero_allowed=False), number_reader(int, zero_allowed=True)
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of train_mnist.py, or shipped")
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="a drawing or photo, or low-resolution pixels")
     parser.add_argument("--num_samples", type=positive, default=4, help="samples for each picture; default: 4")
     parser.add_argument("--sampling_steps", type=positive, help="refinement steps; default: the checkpoint's")
-    parser.add_argument("--seed", type=not_negative, default=0, help="of each picture's first sample; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="of each picture's first sample; default: 0")
     parser.add_argument("--as_is", action="store_true", help="don't frame digits as MNIST's are")
-    parser.add_argument("--output", default="samples.png", help="the picture to write; default: samples.png")
+    parser.add_argument("--output", default="samples.png", help="the PNG to write; default: samples.png")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
     output = Path(flags.output)
     if output.suffix.lower() != ".png":
         raise InputError(f"--output is {output}: its name must end in .png")
-    started = time.perf_counter()
     device = choose_device(flags.device)
     model = load_model(flags.checkpoint, device)
     config = model.config
-    config.sampling_steps = flags.sampling_steps or config.sampling_steps
-    check_together(config)
+    steps = flags.sampling_steps or config.sampling_steps
+    check(vars(config) | {"sampling_steps": steps, "seed": flags.seed})
 
     # Each image is [1, C, side, side] in [-1, 1]; they differ in side.
     if flags.pictures:
-        images = [to_float(read_image(path, config, flags.as_is)) for path in flags.pictures]
+        images = [to_signed(read_image(path, config, flags.as_is)) for path in flags.pictures]
     else:
         digits, _ = draw_digits(8, config.image_size, config.channels, seed=flags.seed)
-        images = to_float(digits).split(1)
-    check_writable(output)
+        images = to_signed(digits).split(1)
     low_res = torch.cat([downsample(image, config.low_res_size) for image in images])  # [N, C, h, w]
 
-    number = flags.num_samples if config.method == "sr3" else 1  # a regression has one answer
-    seeds = list(range(flags.seed, flags.seed + number)) * len(images)
-    samples = super_resolve(model, low_res.repeat_interleave(number, dim=0).to(device), seeds).cpu()
-    samples = samples.unflatten(0, (-1, number))  # [N, number, C, H, W]
-
-    bicubic = upsample(low_res, config.image_size)
-    columns = {"input": to_unit(upsample(low_res, config.image_size, "nearest-exact")), "bicubic": to_unit(bicubic)}
-    for j in range(number):
-        columns[f"sample {j + 1}" if config.method == "sr3" else "regression"] = samples[:, j]
-    has_original = torch.tensor([image.shape[-1] > config.low_res_size for image in images])
-    if has_original.any():
-        originals = torch.cat([downsample(image, config.image_size) for image in images])
-        originals[~has_original] = 0  # grey
-        columns["original"] = to_unit(originals)
-    save_picture(output, picture_of_columns(columns, scale=max(1, 100 // config.image_size)))
-    print(f"{output}: {len(images)} × {number} samples, seed {flags.seed}, {time.perf_counter() - started:.0f} s")
+    names = [f"sample {j + 1}" for j in range(flags.num_samples)]
+    if config.method == "regression":  # it has one answer
+        names = ["regression"]
+    seeds = [flags.seed + j for j in range(len(names))] * len(images)
+    samples = super_resolve(model, low_res.repeat_interleave(len(names), dim=0).to(device), seeds, steps).cpu()
+    squares = upsample(low_res, config.image_size, "nearest-exact")
+    columns = {"input": to_unit(squares), "bicubic": to_unit(upsample(low_res, config.image_size))}
+    columns |= zip(names, samples.unflatten(0, (-1, len(names))).unbind(dim=1))  # [N, C, H, W] each
+    if all(image.shape[-1] > config.low_res_size for image in images):
+        columns["original"] = to_unit(torch.cat([downsample(image, config.image_size) for image in images]))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture_of_columns(columns, scale=max(1, 100 // config.image_size)).save(output)
+    print(f"{output}: {len(images)} × {len(names)} samples, seed {flags.seed}")
 
 
 def read_image(path: str, config: SimpleNamespace, as_is: bool) -> Tensor:
-    """A picture file, framed or cropped: uint8 [1, C, side, side]. Raises InputError where it can't be used."""
-    try:
-        picture = read_picture(path, config.channels)
-    except PICTURE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"{path} can't be read as a picture ({reason}); give another") from None
-    size = config.low_res_size
+    """A picture file, framed or cropped to its middle square: uint8 [1, C, side, side]."""
+    picture = read_picture(path, config.channels)
     is_digit = config.dataset in ("mnist", "digits") and config.channels == 1
-    if is_digit and not as_is and picture.size != (size, size):
+    if is_digit and not as_is and max(picture.size) > config.low_res_size:
         return frame_digit(picture, config.image_size, path)
-    if min(picture.size) < size:
-        sizes = f"{picture.width}×{picture.height} pixels, the model's input {size}×{size}"
-        raise InputError(f"{path} has {sizes}; give a larger one")
     return TF.pil_to_tensor(TF.center_crop(picture, min(picture.size)))[None]
 
 

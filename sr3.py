@@ -6,11 +6,12 @@ noise, which is removed step by step (section 2.3, Algorithm 2). Last comes the 
 
 y_0 is [B, C, H, W] in [-1, 1]. x has the same shape and range: it is the low-resolution image, already enlarged to the
 size of y_0; the code calls it `context`. U is the U-Net that f_θ is computed from; in the paper f_θ is U itself, see
-`predict_noise`.
+`predict_noise`. γ, `gamma`, is a noise level: the share of y_0's energy that is left, from 1 (no noise) to 0.
 This file needs torch and einops only. To use SR3 in a project of your own, copy it together with unet.py, or pass in
 any network that is called as unet(x, y_t, gamma), with gamma [B], and returns [B, C, H, W].
 """
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -25,22 +26,16 @@ Generators = list[torch.Generator] | None  # one for each image, whose noise is 
 def noise_levels(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
     """γ_0 = 1 and γ_t = α_1 · … · α_t for t = 1…T, with β_t = 1 - α_t linear as in DDPM; [T + 1] in float64.
 
-    γ_t is the share of y_0's energy that is left in y_t, equation (3). Sampling starts from pure noise, so γ_T must be
-    next to nothing, but not zero, as (10) divides by its root: raises ValueError unless 1e-8 < γ_T < 0.01.
     """
     alphas = 1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
-    gammas = torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)])
-    if not (alphas.min() > 0 and alphas.max() < 1 and 1e-8 < gammas[-1] < 0.01):
-        schedule = f"beta_start {beta_start}, beta_end {beta_end}, num_timesteps {num_timesteps}"
-        hint = "it must lie between 1e-8 and 0.01 (a larger beta_end lowers it), each beta between 0 and 1"
-        raise ValueError(f"{schedule}: γ_T is {gammas[-1].item():.2g}; {hint}")
-    return gammas
+    return torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)])
 
 
 class SR3(nn.Module):
     """The diffusion around a U-Net: `predict_noise` is f_θ, `forward` is Algorithm 1, `refine` is Algorithm 2.
 
-    `loss_weight` is "1/gamma" or "1", see `forward`. Raises ValueError for any other, and where `noise_levels` does.
+    `loss_weight` is "1/gamma" or "1", see `forward`. Sampling starts from pure noise, so γ_T must be next to nothing,
+    but not zero, as (10) divides by its root: raises ValueError unless all β are in (0, 1) and 1e-8 < γ_T < 0.01.
     """
 
     def __init__(
@@ -52,39 +47,39 @@ class SR3(nn.Module):
         loss_weight: str = "1/gamma",
     ):
         super().__init__()
-        if loss_weight not in ("1/gamma", "1"):
-            raise ValueError(f'loss_weight is {loss_weight!r}: it must be "1/gamma" or "1"')
         self.unet, self.loss_weight = unet, loss_weight
         gammas = noise_levels(num_timesteps, beta_start, beta_end)
+        if not (0 < beta_start < 1 and 0 < beta_end < 1 and 1e-8 < gammas[-1] < 0.01):
+            schedule = f"beta_start {beta_start}, beta_end {beta_end}, num_timesteps {num_timesteps}"
+            hint = "it must lie between 1e-8 and 0.01 (a larger beta_end lowers it), each beta between 0 and 1"
+            raise ValueError(f"{schedule}: γ_T is {gammas[-1].item():.2g}; {hint}")
         self.register_buffer("gammas", gammas.float(), persistent=False)  # for training, on the network's device
         self.schedule = gammas.tolist()  # for inference, in Python's float64
 
     def predict_noise(self, context: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
         """f_θ(x, y_t, γ) = √(1 - γ) y_t + √γ U(x, y_t, γ), from γ [B]: the noise in y_t, [B, C, H, W] in float32.
 
-        y_t is y_0 with noise ε of level γ, by equation (5), which calls it ỹ. Why not f_θ = U? Equation (10) would
-        divide the error of U by √γ, which is 1/150 at t = T. f_θ as above equals ε exactly when U equals
-        v = √γ ε - √(1 - γ) y_0, and (10) becomes ŷ_0 = √γ y_t - √(1 - γ) U, which amplifies nothing. This is the
-        v-prediction of Salimans and Ho (arXiv 2202.00512). The products are float32 even under autocast: dividing by √γ
-        would magnify bfloat16's rounding errors. (U gets y_t in the type of x, which may be half precision.)
+        Why not f_θ = U, as in the paper? Equation (10) would divide the error of U by √γ, which is 1/150 at t = T. f_θ
+        as above equals the noise ε exactly when U equals v = √γ ε - √(1 - γ) y_0, and (10) becomes
+        ŷ_0 = √γ y_t - √(1 - γ) U, which amplifies nothing. This is the v-prediction of Salimans and Ho
+        (arXiv 2202.00512). U gets y_t in the type of x; the products are float32 even under autocast.
         """
-        level = rearrange(gamma, "b -> b 1 1 1")
+        level = rearrange(gamma, "b -> b 1 1 1")  # each image's γ, to multiply the image by
         return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t.to(context.dtype), gamma).float()
 
     def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
-        """Algorithm 1 for one batch of y_0 and x, both [B, C, H, W]: the loss, a scalar.
+        """Lines 3 to 5 of Algorithm 1 for a batch of y_0 and x, both [B, C, H, W]: the loss (6) with p = 2, a scalar.
 
-        With `loss_weight="1"` it is the paper's (6) with p = 2, the mean of (f_θ - ε)². Since f_θ - ε = √γ (U - v),
-        with the v of `predict_noise`, that nearly ignores U's errors at small γ, where the layout of the image is
-        decided. With "1/gamma" each error is divided by its γ, which leaves (U - v)²: all levels count alike. (Salimans
-        and Ho call this weight "SNR + 1", with SNR = γ / (1 - γ), as they weight the error of ŷ_0 and not of f_θ.)
+        With `loss_weight="1"` it is the paper's, the mean of (f_θ - ε)². Since f_θ - ε = √γ (U - v), with the v of
+        `predict_noise`, that nearly ignores U's errors where γ is small. With "1/gamma" each error is divided by its
+        γ, which leaves (U - v)²: all levels count alike. (Salimans and Ho call this weight "SNR + 1".)
         """
         # Line 3: γ ~ p(γ): t uniform in 1…T, then γ uniform between γ_t and γ_{t-1} (section 2.4).
         t = torch.randint(1, len(self.gammas), high_res.shape[:1], device=high_res.device)  # [B]
         gamma = torch.lerp(self.gammas[t], self.gammas[t - 1], torch.rand_like(self.gammas[t]))  # [B]
         # Line 4: ε ~ N(0, I), and with it ỹ of equation (5).
         noise = torch.randn(high_res.shape, device=high_res.device)
-        level = rearrange(gamma, "b -> b 1 1 1")
+        level = rearrange(gamma, "b -> b 1 1 1")  # each image's γ, to multiply the image by
         y_t = level.sqrt() * high_res + (1 - level).sqrt() * noise
         # Line 5: the loss for the gradient step.
         error = (self.predict_noise(context, y_t, gamma) - noise).square()  # [B, C, H, W]
@@ -93,10 +88,9 @@ class SR3(nn.Module):
     def levels(self, steps: int) -> list[float]:
         """The `steps` + 1 noise levels for inference, γ_T to γ_0 = 1: γ_t at t = T (i / steps)^1.5, for i = steps…0.
 
-        f_θ is told γ and not t, so the levels can be chosen after training; the paper does so by a search.
-        The t lie closer together towards the image, as ŷ_0 hardly changes while γ is tiny; measured: 10 do about what
-        25 evenly spaced ones do.
-        t is rounded down, but at least i, so that all levels differ. Raises ValueError unless 1 ≤ steps ≤ T.
+        f_θ is told γ and not t, so the levels can be chosen after training; the paper searches for good ones. The t lie
+        closer together towards the image, as ŷ_0 hardly changes while γ is tiny. They are rounded down, but are at
+        least i, so that all levels differ. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         T = len(self.schedule) - 1
         if not 1 <= steps <= T:
@@ -107,37 +101,48 @@ class SR3(nn.Module):
     def refine(self, context: Tensor, steps: int, generators: Generators = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_t that it arrives at and the ŷ_0 at its start.
 
-        The last y_t is the image, in [-1, 1]. Besides the levels, the clamp (y_0 is in [-1, 1]) and the variance, this
-        differs from the paper: Algorithm 2 takes a step as if ŷ_0 stayed the same, which with large steps makes samples
-        too alike. Here the step uses the ŷ_0 that is expected at its middle if ŷ_0 goes on changing linearly in
-        log(γ / (1 - γ)): the second-order multistep update of SDE-DPM-Solver++ (Lu et al., arXiv 2211.01095).
+        The last y_t is y_0, the image, in [-1, 1]. A step leads from γ_t to γ_s, the next of the chosen levels, where
+        the paper has t - 1. What differs from the paper: the levels, `look_ahead`, and the variance of (4), where the
+        paper takes 1 - α_t, which leaves grain when steps are few.
         """
-        levels = self.levels(steps)
-        lengths = torch.tensor(levels, dtype=torch.float64).logit().diff().tolist()  # of steps, in log(γ / (1 - γ))
-        y_t = draw_noise(context, generators)  # line 1: y_T ~ N(0, I)
-        for i, (gamma_t, gamma_s) in enumerate(pairwise(levels)):  # line 2: from t to s, the next of the chosen levels
-            alpha_t = gamma_t / gamma_s  # the α_t of a process that has only these levels
-            gamma = torch.full((len(context),), gamma_t, device=context.device)
-            noise = self.predict_noise(context, y_t, gamma)
-            y_0_hat = ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)  # equation (10)
-            y_0_halfway = y_0_hat
-            if 0 < i < steps - 1:  # the first step has no earlier ŷ_0, the last an infinite length
-                y_0_halfway = y_0_hat + 0.5 * lengths[i] / lengths[i - 1] * (y_0_hat - earlier)
-            earlier = y_0_hat
-            # Line 3: z ~ N(0, I), but no noise in the last step.
-            z = draw_noise(context, generators) if gamma_s < 1 else 0
-            # Line 4, with the mean and the variance of equation (4), where y_0_halfway stands in for y_0. (With ŷ_0
-            # itself, unclamped, the mean is equation (11). The paper's variance, 1 - α_t, leaves grain in few steps.)
-            mean = (gamma_s**0.5 * (1 - alpha_t) * y_0_halfway + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
-            variance = (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)
-            y_t = mean + variance**0.5 * z
+        y_t, earlier = draw_noise(context, generators), None  # line 1: y_T ~ N(0, I)
+        for gamma_t, gamma_s in pairwise(self.levels(steps)):  # line 2: for t = T … 1
+            z = draw_noise(context, generators) if gamma_s < 1 else 0  # line 3: z ~ N(0, I), but 0 in the last step
+            y_0_hat = self.estimate(context, y_t, gamma_t)  # equation (10)
+            y_0_ahead = look_ahead(y_0_hat, gamma_t, gamma_s, earlier)
+            mean, variance = posterior(y_0_ahead, y_t, gamma_t, gamma_s)  # equation (4)
+            y_t = mean + variance**0.5 * z  # line 4: y_{t-1}
             yield y_t, y_0_hat
+            earlier = y_0_hat, gamma_t  # line 5: end of the loop; `sample` is line 6
 
-    def sample(self, context: Tensor, steps: int, generators: Generators = None) -> Tensor:
-        """The last y_t of `refine`, whose arguments it takes: [B, C, H, W] in [-1, 1]."""
-        for y_t, _ in self.refine(context, steps, generators):
-            pass
-        return y_t  # line 6
+    def estimate(self, context: Tensor, y_t: Tensor, gamma_t: float) -> Tensor:
+        """Equation (10): ŷ_0, the image that y_t and its predicted noise amount to, clamped to y_0's range, [-1, 1]."""
+        noise = self.predict_noise(context, y_t, torch.full((len(context),), gamma_t, device=context.device))
+        return ((y_t - (1 - gamma_t) ** 0.5 * noise) / gamma_t**0.5).clamp(-1, 1)
+
+
+def posterior(y_0: Tensor, y_t: Tensor, gamma_t: float, gamma_s: float) -> tuple[Tensor, float]:
+    """Equation (4): the mean, [B, C, H, W], and the variance of y_s given y_0 and y_t, where s is before t.
+
+    (With the unclamped ŷ_0 in the place of y_0, the mean is equation (11).)
+    """
+    alpha_t = gamma_t / gamma_s  # the α_t of a process that has only these levels
+    mean = (gamma_s**0.5 * (1 - alpha_t) * y_0 + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
+    return mean, (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)
+
+
+def look_ahead(y_0_hat: Tensor, gamma_t: float, gamma_s: float, earlier: tuple[Tensor, float] | None) -> Tensor:
+    """The ŷ_0 that is expected halfway through the step from γ_t to γ_s, from the `earlier` step's ŷ_0 and γ.
+
+    Not in the paper. Algorithm 2 takes a step as if ŷ_0 stayed the same, which makes samples too alike when steps are
+    large. Here ŷ_0 goes on changing as it did, linearly in log(γ / (1 - γ)): the second-order multistep update of
+    SDE-DPM-Solver++ (Lu et al., arXiv 2211.01095). The first step has no earlier ŷ_0, the last an infinite length.
+    """
+    if earlier is None or gamma_s == 1:
+        return y_0_hat
+    y_0_before, gamma_before = earlier
+    before, now, then = (math.log(gamma / (1 - gamma)) for gamma in (gamma_before, gamma_t, gamma_s))
+    return y_0_hat + 0.5 * (then - now) / (now - before) * (y_0_hat - y_0_before)
 
 
 def draw_noise(like: Tensor, generators: Generators) -> Tensor:
@@ -165,11 +170,13 @@ class Regression(nn.Module):
 
     @torch.no_grad()
     def refine(self, context: Tensor, steps: int = 1, generators: Generators = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (ŷ_0, ŷ_0) once, however many steps are asked for."""
+        """Yields (ŷ_0, ŷ_0) once, in [-1, 1], however many steps are asked for."""
         y_0_hat = self.predict(context).clamp(-1, 1)
         yield y_0_hat, y_0_hat
 
-    @torch.no_grad()
-    def sample(self, context: Tensor, steps: int = 1, generators: Generators = None) -> Tensor:
-        """The one answer, [B, C, H, W] in [-1, 1]."""
-        return self.predict(context).clamp(-1, 1)
+
+def sample(model: SR3 | Regression, context: Tensor, steps: int, generators: Generators = None) -> Tensor:
+    """The image that `refine` arrives at, line 6 of Algorithm 2: [B, C, H, W] in [-1, 1]."""
+    for y_t, _ in model.refine(context, steps, generators):
+        pass
+    return y_t

@@ -30,8 +30,6 @@ class ResidualBlock(nn.Module):
     second norm (DDPM only adds it).
     """
 
-    has_skip = False  # the U's skip connections, unlike `skip` below, start and end at a `Stage`: see UNet.forward
-
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, resample: str):
         super().__init__()
         self.norm1 = nn.GroupNorm(GROUPS, in_channels)
@@ -71,10 +69,8 @@ class SelfAttention(nn.Module):
 class Stage(nn.Module):
     """A residual block that keeps the resolution, then self-attention or nothing.
 
-    On the way down its output also feeds its mirror image on the way up.
+    The U's skip connections start and end at stages: see `UNet.forward`.
     """
-
-    has_skip = True
 
     def __init__(self, block: ResidualBlock, attention: nn.Module):
         super().__init__()
@@ -90,9 +86,8 @@ class UNet(nn.Module):
     Scale i of the U, counted from 0, works at H / 2^i with features · channel_multipliers[i] channels. Each half has
     `blocks_per_level` stages on every scale (that level is a scale, not one of noise); the output of a stage on the way
     down is concatenated to the input of its mirror image on the way up. In stages whose resolution is in
-    `attention_resolutions`, self-attention follows the residual block. C is `image_channels`; `image_size` is H and W,
-    which must halve evenly; features must be a multiple of GROUPS and of `attention_heads`. `forward` raises ValueError
-    for an x of another shape.
+    `attention_resolutions`, self-attention follows the residual block. C is `image_channels`; `image_size` is H and W.
+    Raises ValueError, which says what to give instead, for sizes that don't fit together.
     """
 
     def __init__(
@@ -107,9 +102,16 @@ class UNet(nn.Module):
         image_size: int,
     ):
         super().__init__()
-        self.image_shape = [image_channels, image_size, image_size]
         widths = [features * multiplier for multiplier in channel_multipliers]  # channels of each scale
         sizes = [image_size // 2**i for i in range(len(widths))]  # resolution of each scale
+        if not sizes or image_size % 2 ** (len(sizes) - 1):
+            hint = "give one number for each scale, each at half the size of the scale above"
+            raise ValueError(f"image_size {image_size} and channel_multipliers {channel_multipliers}: {hint}")
+        if features % GROUPS or features % attention_heads:
+            hint = f"it must be a multiple of {GROUPS} and of attention_heads, {attention_heads}"
+            raise ValueError(f"features is {features}: {hint}")
+        if not set(attention_resolutions) <= set(sizes):
+            raise ValueError(f"attention_resolutions is {attention_resolutions}: the scales have {sizes}")
         last = len(widths) - 1
         embedding_dim = 4 * features
 
@@ -144,8 +146,6 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(widths[0], image_channels, 3, padding=1))
 
     def forward(self, x: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
-        if list(x.shape[1:]) != self.image_shape:
-            raise ValueError(f"x is {list(x.shape)}: this network wants [B, {', '.join(map(str, self.image_shape))}]")
         # Ours: the noise level as the angle whose cosine is √γ and whose sine is √(1 - γ). It spreads the levels near
         # γ = 0 and near γ = 1, where γ itself crowds them.
         angle = torch.atan2((1 - gamma).sqrt(), gamma.sqrt())  # [B]
@@ -156,11 +156,11 @@ class UNet(nn.Module):
         skips = []
         for layer in self.down:
             h = layer(h, embedding)
-            if layer.has_skip:
+            if isinstance(layer, Stage):
                 skips.append(h)
         h = self.middle(h, embedding)
         for layer in self.up:
-            if layer.has_skip:
+            if isinstance(layer, Stage):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = layer(h, embedding)
         return self.conv_out(F.silu(self.norm_out(h)))  # [B, C, H, W]

@@ -1,14 +1,11 @@
-"""What the scripts share: the pair (y_0, x) that is made from a picture, models, and pictures to look at."""
+"""What the scripts share: the pair (y_0, x) that is made from a picture, models, and pictures to look at.
 
-import io
+What goes into a model is in [-1, 1]; pictures, metrics and what comes out of `super_resolve` are in [0, 1].
+"""
+
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-
-from support.errors import InputError
-from support.machine import autocast, choose_layout
-from support.output import load_checkpoint, load_state, write_atomically
-from support.settings import complete_settings
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +15,11 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from sr3 import SR3, Regression, noise_levels
+from sr3 import SR3, Regression, sample
+from support.errors import InputError
+from support.machine import autocast, choose_layout, choose_precision
+from support.run import load_checkpoint
+from support.settings import DEFAULTS, check
 from unet import UNet
 
 # The pair: the low-resolution image, and from it the context x (section 2.4) -----------------------------------------
@@ -28,16 +29,21 @@ def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor
     """Makes y_0 [B, C, H, W], the low-resolution image [B, C, h, w] and x [B, C, H, W], all in [-1, 1].
 
     `images` are uint8 in 0…255; h and w are `low_res_size`. Both resamplings are clamped where they overshoot, so x is
-    what a picture file can hold. A network trained on an unclamped x was hardly better, and failed on a clamped one.
+    what a picture file can hold.
     """
-    high_res = to_float(images)
+    high_res = to_signed(images)
     low_res = downsample(high_res, low_res_size)
     return high_res, low_res, upsample(low_res, images.shape[-1])
 
 
-def to_float(images: Tensor) -> Tensor:
+def to_signed(images: Tensor) -> Tensor:
     """uint8 images in 0…255 as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as pictures and metrics want them, in [0, 1]; what lies outside is clamped."""
+    return (images.clamp(-1, 1) + 1) / 2
 
 
 def downsample(images: Tensor, size: int) -> Tensor:
@@ -50,37 +56,34 @@ def upsample(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     return F.interpolate(images, (size, size), mode=mode).clamp(-1, 1)
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as pictures and metrics want them, in [0, 1]; what lies outside is clamped."""
-    return (images.clamp(-1, 1) + 1) / 2
-
-
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
 def build_model(config: SimpleNamespace) -> SR3 | Regression:
-    """The untrained model that a config describes. Raises InputError for noise levels that no SR3 can have."""
+    """The untrained model that a config describes. Raises InputError for sizes or noise levels that it can't have."""
     try:
-        noise_levels(config.num_timesteps, config.beta_start, config.beta_end)
+        unet = UNet(
+            config.channels, config.features, config.channel_multipliers, config.blocks_per_level,
+            config.attention_resolutions, config.attention_heads, config.dropout, config.image_size,
+        )  # fmt: skip
+        if config.method == "regression":
+            return Regression(unet)
+        return SR3(unet, config.num_timesteps, config.beta_start, config.beta_end, config.loss_weight)
     except ValueError as error:
-        raise InputError(error) from None  # only this: a ValueError from the lines below is a bug
-    unet = UNet(
-        config.channels, config.features, config.channel_multipliers, config.blocks_per_level,
-        config.attention_resolutions, config.attention_heads, config.dropout, config.image_size,
-    )  # fmt: skip
-    if config.method == "regression":
-        return Regression(unet)
-    return SR3(unet, config.num_timesteps, config.beta_start, config.beta_end, config.loss_weight)
+        if error.__traceback__.tb_next.tb_next:  # raised deeper than by a constructor itself: a bug
+            raise
+        raise InputError(error) from None
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Regression:
     """A checkpoint's model, its averaged weights, with its `config` and `step`. Raises InputError for other files."""
-    checkpoint = load_checkpoint(path)
-    config = complete_settings(checkpoint["config"], path)
+    checkpoint, device = load_checkpoint(path), torch.device(device)
+    config = check(DEFAULTS | checkpoint["config"])
     model = build_model(config)
-    load_state(model, checkpoint["ema"], path)  # shipped weights are in half precision; the model stays float32
+    model.load_state_dict(checkpoint["ema"])  # shipped weights are in half precision; the model stays float32
     model.config, model.step = config, checkpoint["step"]
-    return model.eval().to(device, memory_format=choose_layout(torch.device(device)))
+    precision = choose_precision(config.precision, device)
+    return model.eval().to(device, memory_format=choose_layout(device, precision))
 
 
 def super_resolve(
@@ -92,23 +95,23 @@ def super_resolve(
     refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than the model was
     trained for, and unless there is a seed for each.
     """
-    seeds, size = list(seeds), model.config.low_res_size
-    if list(low_res.shape[1:]) != [model.config.channels, size, size] or len(seeds) != len(low_res):
-        wanted = f"[N, {model.config.channels}, {size}, {size}] and N seeds"
+    config, device, seeds = model.config, low_res.device, list(seeds)
+    if list(low_res.shape) != [len(seeds), config.channels, config.low_res_size, config.low_res_size]:
+        wanted = f"[N, {config.channels}, {config.low_res_size}, {config.low_res_size}] and N seeds"
         raise ValueError(f"there are images of {list(low_res.shape)} and {len(seeds)} seeds: give {wanted}")
-    context = upsample(low_res, model.config.image_size)  # x
-    steps = model.config.sampling_steps if steps is None else steps
-    together = 512 if low_res.device.type == "cuda" else 64  # images
+    context = upsample(low_res, config.image_size)  # x
+    precision = choose_precision(config.precision, device)
+    together = 512 if device.type == "cuda" else 64  # images
     parts = []
     for start in tqdm(range(0, len(seeds), together), desc="drawing", unit="batch", dynamic_ncols=True, leave=False):
         part = slice(start, start + together)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]  # on the CPU: alike on all devices
-        with autocast(low_res.device):
-            parts.append(model.sample(context[part], steps, generators))
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]  # on the CPU: alike everywhere
+        with autocast(device, precision):
+            parts.append(sample(model, context[part], steps or config.sampling_steps, generators))
     return (255 * to_unit(torch.cat(parts))).round() / 255
 
 
-# Pictures: images in [0, 1] as PNGs and GIFs --------------------------------------------------------------------------
+# Pictures: images in [0, 1] as pictures to look at --------------------------------------------------------------------
 
 
 def picture_of(images: Tensor, columns: int, scale: int = 2, labels: list[str] | None = None) -> Image.Image:
@@ -132,16 +135,3 @@ def picture_of_columns(columns: dict[str, Tensor], scale: int = 2) -> Image.Imag
     """A labelled column for each tensor, [N, C, H, W] in [0, 1], and a row for each image."""
     grid = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
     return picture_of(grid, len(columns), scale, list(columns))
-
-
-def save_picture(path: Path, picture: Image.Image, **options) -> None:
-    """Writes a picture in the format of its suffix, .png or .gif; the options are Pillow's."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format=path.suffix[1:], **options)
-    write_atomically(path, buffer.getvalue())
-
-
-def save_animation(path: Path, frames: list[Image.Image]) -> None:
-    """Writes a GIF that loops and pauses at its end."""
-    pauses = [200] * (len(frames) - 1) + [3000]  # milliseconds
-    save_picture(path, frames[0], save_all=True, append_images=frames[1:], duration=pauses, loop=0)

@@ -1,103 +1,139 @@
-"""Data sets: each becomes uint8 [N, C, S, S], small enough to lie in the device's memory as a whole."""
+"""Data sets, and picture files as a user's disk has them: turned, transparent, of 16 bits or damaged."""
 
-import math
+import os
 import socket
 import sys
-from http.client import HTTPException
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-import torchvision
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision import datasets
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
 from support.digits import draw_digits
 from support.errors import InputError
-from support.pictures import PICTURE_ERRORS, load_folder, read_picture  # the first and the last for sample.py
 
-ImagesAndLabels = tuple[Tensor, Tensor | None]
-
-
-class DatasetUnavailable(InputError):
-    """A data set is neither on disk nor downloadable."""
-
-
-def load_data_or_digits(config: SimpleNamespace, data_dir: str | Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
-    """`load_data`; where MNIST can't be had, drawn digits with a loud warning, and `config.dataset` says so."""
-    try:
-        return load_data(config, data_dir)
-    except DatasetUnavailable as error:
-        if config.dataset != "mnist":
-            raise
-        line = "!" * 100
-        print(f"{line}\nWARNING: {error}.\nGOING ON WITH DRAWN DIGITS INSTEAD.\n{line}", file=sys.stderr)
-    config.dataset = "digits"
-    return load_data(config, data_dir)
+ARCHIVES = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
+DOWNLOADS = {  # torchvision's class, the folder of its files below --data_dir, and their names
+    "mnist": (datasets.MNIST, "MNIST/raw", ARCHIVES),
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw", ARCHIVES),
+    "cifar10": (datasets.CIFAR10, ".", "cifar-10-python.tar.gz"),
+}
+ENDINGS = (*Image.registered_extensions(), ".avif", ".dng", ".heic", ".heif", ".jxl", ".svg")  # the last, to be named
 
 
-def load_data(config: SimpleNamespace, data_dir: str | Path) -> tuple[ImagesAndLabels, ImagesAndLabels]:
+def load_data(
+    config: SimpleNamespace, data_dir: str | Path, or_digits: bool = False
+) -> tuple[tuple[Tensor, Tensor | None], ...]:
     """The training set and the test set: uint8 [N, channels, image_size, image_size] in 0…255 and labels, int64 [N].
 
     "mnist", "fashion_mnist" and "cifar10" are downloaded into `data_dir` where they are missing there. "folder" is all
-    pictures below `data_dir`; their labels are None. "digits" are drawn. Raises DatasetUnavailable without files and
-    network, InputError for files that are damaged.
+    pictures below `data_dir`; their labels are None. "digits" are drawn. With `or_digits`, for a new run, they also
+    stand in for MNIST that can't be had: a loud warning and `config.dataset` say so. Else that raises InputError.
     """
-    size, channels = config.image_size, config.channels
-    if config.dataset == "digits":
-        return draw_digits(60_000, size, channels, seed=0), draw_digits(10_000, size, channels, seed=1)
     if config.dataset == "folder":
-        images, test_images = load_folder(Path(data_dir), size, channels)
-        return (images, None), (test_images, None)
-    return load_torchvision(config, True, Path(data_dir)), load_torchvision(config, False, Path(data_dir))
+        return load_folder(config, Path(data_dir))
+    if config.dataset != "digits":
+        try:
+            return load_download(config, data_dir, True), load_download(config, data_dir, False)
+        except InputError as error:
+            if config.dataset != "mnist" or not or_digits:
+                raise
+            print(f"\n!!! WARNING: {error}.\n!!! GOING ON WITH DRAWN DIGITS INSTEAD.\n", file=sys.stderr)
+            config.dataset = "digits"
+    shape = config.image_size, config.channels
+    return draw_digits(60_000, *shape, seed=0), draw_digits(10_000, *shape, seed=1)
 
 
-def load_torchvision(config: SimpleNamespace, train: bool, data_dir: Path) -> tuple[Tensor, Tensor]:
+def load_download(config: SimpleNamespace, data_dir: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     """`load_data` for one half of MNIST, Fashion-MNIST or CIFAR-10."""
-    name = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[config.dataset]
-    kind = getattr(torchvision.datasets, name)
-    if name == "CIFAR10":
-        folder, archives = data_dir, [(kind.filename, kind.tgz_md5)]
-    else:
-        folder, archives = data_dir / name / "raw", kind.resources
-        check_mnist(folder, "train" if train else "t10k")
-    for file, md5 in archives:  # torchvision would replace a damaged one without a word
-        if (folder / file).exists() and not torchvision.datasets.utils.check_integrity(folder / file, md5):
-            raise InputError(f"{folder / file} is damaged (its MD5 is not {md5}); delete or replace it")
+    kind, folder, files = DOWNLOADS[config.dataset]
     socket.setdefaulttimeout(30)  # seconds: a server that doesn't answer must not hang the lesson
     try:
         data = kind(data_dir, train=train, download=True)  # only what is missing
-    except (OSError, HTTPException, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        offline = isinstance(error, (URLError, HTTPException, TimeoutError, ConnectionError))
-        if offline or reason.startswith(("Error downloading", "File not found")):  # torchvision's RuntimeErrors
-            files = f"{', '.join(file for file, _ in archives)} into {folder.resolve()}"
-            raise DatasetUnavailable(f"{config.dataset} could not be downloaded ({reason}); put {files}") from None
-        if isinstance(error, OSError):  # such as a folder that can't be written, or a full disk
-            raise OSError(error.errno, error.strerror or reason, str(error.filename or folder)) from None
-        raise
+    except Exception as error:  # no network, a full disk, damaged files: torchvision lets through what it meets
+        raise InputError(
+            f"{config.dataset} can't be downloaded or read ({type(error).__name__}: {' '.join(str(error).split())}): "
+            f"put its files {files} into {Path(data_dir, folder).resolve()}, or delete damaged ones there"
+        ) from None
     images = torch.as_tensor(data.data)  # [N, H, W], or [N, H, W, 3] from CIFAR-10
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    if config.channels == 1 and images.shape[1] == 3:
+    if images.shape[1] > config.channels:
         images = TF.rgb_to_grayscale(images)
-    images = F.interpolate(images, (config.image_size, config.image_size), mode="bilinear", antialias=True)
+    images = F.interpolate(images, config.image_size, mode="bilinear", antialias=True)
     return images.expand(-1, config.channels, -1, -1).contiguous(), torch.as_tensor(data.targets)
 
 
-def check_mnist(folder: Path, half: str) -> None:
-    """Raises InputError where the unpacked images or labels of one half of MNIST are there but damaged."""
-    number = 0  # of images
-    for name, dimensions in ((f"{half}-images-idx3-ubyte", 3), (f"{half}-labels-idx1-ubyte", 1)):
-        path = folder / name
-        if not path.is_file():
-            return  # torchvision unpacks or downloads all of them
-        content, start = path.read_bytes(), 4 + 4 * dimensions
-        sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
-        if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != start + math.prod(sizes) or 0 in sizes:
-            raise InputError(f"{path} is damaged (not what its own header says, or no header); delete it and run again")
-        if dimensions == 1 and (sizes[0] != number or max(content[start:]) > 9):
-            reason = f"{sizes[0]:,} labels up to {max(content[start:])} for {number:,} images"
-            raise InputError(f"{path} is damaged ({reason}); delete it and run again")
-        number = sizes[0]
+def load_folder(config: SimpleNamespace, folder: Path) -> tuple[tuple[Tensor, None], ...]:
+    """The middle squares of all pictures below a folder, resized, for training and for testing.
+
+    A square's pixels decide, by their checksum, whether it is among the tenth for testing: so no training picture is
+    ever a test picture too, and pictures that are added move no others. Pictures that can't be read are named on stderr
+    and left out. Raises InputError where one half would be empty.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder.absolute()}; give another --data_dir")
+    size, train, test = config.image_size, [], []
+    for path in tqdm(find_pictures(folder), "reading pictures"):
+        try:
+            picture = read_picture(path, config.channels)
+        except InputError as error:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
+        square = TF.pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
+        (test if zlib.crc32(square.numpy().tobytes()) < 2**32 / 10 else train).append(square)
+    if not train or not test:
+        raise InputError(
+            f"of the readable pictures below {folder}, all {len(train + test)} fall into one half, for training or for "
+            "testing; give a --data_dir with more pictures"
+        )
+    return (torch.stack(train), None), (torch.stack(test), None)
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """All picture files below a folder, sorted, but none that this lesson wrote. Links to folders are not followed."""
+    paths = []
+    for parent, folders, files in os.walk(folder):
+        if "checkpoint.pt" in files or "results.md" in files:
+            reason = f"{parent} is passed over: this lesson wrote checkpoint.pt or results.md there"
+            if Path(parent) == folder:
+                raise InputError(f"{reason}; give a --data_dir with your pictures alone")
+            print(reason, file=sys.stderr)
+            folders.clear()
+        else:
+            paths += [Path(parent, file) for file in files if file.lower().endswith(ENDINGS) and file != "samples.png"]
+    return sorted(paths)
+
+
+def read_picture(path: str | Path, channels: int) -> Image.Image:
+    """A picture file's first frame, upright, as 8-bit grey (mode L) or RGB. Raises InputError where it can't be read.
+
+    What is transparent is laid on black, or on white where nothing would be brighter than mid grey: a black drawing.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except Exception as error:  # what Pillow raises depends on where the damage is
+        raise InputError(
+            f"{path}: Pillow can't read this {Path(path).suffix[1:].upper()} file ({type(error).__name__}: {error}); "
+            "give another, or save it as JPEG or PNG"
+        ) from None
+    try:
+        ImageOps.exif_transpose(picture, in_place=True)
+    except Exception:  # EXIF that can't be read, or, when the pixels are turned already, not written anew: they are fine
+        pass
+    if "I" in picture.mode:  # 16 bits of grey: 65,535 is white
+        picture = picture.convert("F").point(lambda level: level / 257 + 0.5).convert("L")
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        for ground in ("black", "white"):
+            laid = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
+            if laid.convert("L").getextrema()[1] > 127:
+                break
+        picture = laid
+    return picture.convert("L" if channels == 1 else "RGB")

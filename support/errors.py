@@ -1,8 +1,6 @@
 """How a script ends: bad input gives one line and status 2; anything else is a bug and keeps its traceback."""
 
 import argparse
-import io
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,58 +13,43 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are InputErrors, and that takes flags by their full names only."""
+    """An ArgumentParser whose errors are InputErrors, and that shows a script's docstring as it is."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
-def end(message: object, status: int = 2) -> NoReturn:
-    """Ends the script with one line on stderr."""
-    line = " ".join(str(message).split())
-    with suppress(OSError, ValueError):  # a stream that is closed
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
-    sys.exit(status)
+class Console:
+    """A stream that drops what can't be written: a closed terminal must not end a run, nor cost a checkpoint."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
+            stream.reconfigure(errors="replace")  # a letter that the console doesn't have becomes a question mark
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # ValueError: the stream is closed
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
 
 
 @contextmanager
-def one_line_errors(if_too_large: str = "give fewer images") -> Iterator[None]:
-    """Around a script's main part: what goes wrong with its input, files, memory or keyboard becomes one line."""
-    prepare_streams()
+def one_line_errors() -> Iterator[None]:
+    """Around a script's `main`: what is wrong with its input or its files becomes one line on stderr and status 2."""
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     try:
         yield
-        sys.stdout.flush()
-    except InputError as error:
-        end(error)
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise  # not about a file
-        if error.filename is None:  # the output's reader is gone, or its disk is full: what is left goes nowhere
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        end(f"{error.filename or 'standard output'}: {error.strerror or error}; free or correct it, or give another")
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        end(f"out of memory; {if_too_large} ({str(error)[:100] or type(error).__name__})")
+    except (InputError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        end("stopped", status=130)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    words = ("out of memory", "allocate memory", "enough memory", "size calculation overflowed", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-def prepare_streams() -> None:
-    """Gives a script streams that take every letter: a console without γ shows a question mark."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # pythonw on Windows has none
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is something else
-            stream.reconfigure(errors="replace")
+        sys.exit(130)

@@ -1,0 +1,156 @@
+"""A run: its folder, and what is due after a training step: a row of the log, pictures, the checkpoint."""
+
+import csv
+import io
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from support.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing keeps two runs out of one folder
+    fcntl = None
+
+BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
+LOG_EVERY = 100  # steps between two rows of the log
+COLUMNS = ["dataset", "step", "loss", "learning_rate", "psnr", "ssim", "consistency"]  # of the log
+RESULTS = ["checkpoint.pt", "log.csv", "progress.png", "refinement*", "[hls]r-*.png", "results.md", "comparison.png"]
+PLACE = ("images", "step", "log", "samples", "losses")  # what a checkpoint tells of where a run is
+
+
+def load_checkpoint(path: str | Path, parts: tuple[str, ...] = ("config", "step", "ema")) -> dict:
+    """These parts of what `save_checkpoint` wrote, on the CPU. Raises InputError for a file that lacks one of them."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {part: checkpoint[part] for part in parts}
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}; it needs {', '.join(parts)}"
+        raise InputError(f"{path} is no checkpoint to use here ({reason}); give another") from None
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Writes nested dictionaries of tensors and plain values: at every moment the file is the old or the new one."""
+    buffer, beside = io.BytesIO(), path.with_name(f"{path.name}.tmp")
+    torch.save(checkpoint, buffer)  # straight to a full disk it would raise RuntimeError
+    beside.write_bytes(buffer.getvalue())
+    os.replace(beside, path)
+
+
+class Run:
+    """A run in its folder: `steps` goes through the training, `after` writes what is due after a step.
+
+    `parts` are the modules and the optimizer that a checkpoint keeps, and `images` the numbers of images for training
+    and testing. `samples` are the first eight samples of each grid, by step. A run that doesn't go on from a checkpoint
+    moves the files of an earlier one to a folder earlier-1, earlier-2, …. Raises InputError where another run is in the
+    folder, or the checkpoint is of other images. Of several ranks only the first writes.
+    """
+
+    def __init__(self, folder: Path, config: SimpleNamespace, parts: dict, images: list[int], checkpoint: dict | None):
+        self.folder, self.config, self.parts = folder, config, parts
+        self.signal, self.stopped = None, False
+        self.is_first = not dist.is_initialized() or dist.get_rank() == 0
+        place = checkpoint or {"images": images, "step": 0, "log": [], "samples": {}, "losses": []}
+        self.images, self.step, self.log, self.samples, self.losses = (place[name] for name in PLACE)
+        if images != self.images:
+            raise InputError(f"there are {images} images, not {self.images}: a resumed run can't change its data")
+        for name, part in parts.items() if checkpoint else ():
+            part.load_state_dict(part.state_dict() | checkpoint[name])
+        if not self.is_first:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(folder / ".lock", "w")  # until the process ends
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            reason = "another run writes to it" if isinstance(error, BlockingIOError) else error.strerror
+            raise InputError(f"{folder} can't be used ({reason}); give another --output_dir") from None
+        earlier = [path for name in RESULTS for path in folder.glob(name)]
+        if earlier and not checkpoint:
+            names = (folder / f"earlier-{i}" for i in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            aside.mkdir()
+            for path in earlier:
+                path.rename(aside / path.name)
+            print(f"the results of an earlier run are now in {aside}")
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with a bar. Ctrl-C, SIGTERM or SIGHUP end them after a step, which is saved."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
+            ignored = signal.getsignal(number) == signal.SIG_IGN  # as under nohup
+            if not ignored and not dist.is_initialized():  # ranks would stop after different steps
+                signal.signal(number, self.receive)
+        total = self.config.num_training_steps
+        left = range(self.step + 1, total + 1)
+        self.bar = tqdm(left, initial=self.step, total=total, unit="step", dynamic_ncols=True, disable=not self.is_first)
+        for self.step in self.bar:
+            yield self.step
+            if self.stopped:
+                print(f"stopped after step {self.step}; the same command with --resume goes on from there")
+                sys.exit(128 + self.signal)
+        path = self.folder / "checkpoint.pt"
+        print(f"all {self.step} steps are done; next: python evaluate.py {path}, python sample.py {path}")
+
+    def receive(self, number: int, _) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the script at once
+
+    def after(self, loss: Tensor, draw: Callable[[], dict]) -> None:
+        """Writes what is due after a step; `draw` writes a grid and returns its metrics.
+
+        What can't be written is named, and tried again when it is next due; after the last step it is an InputError. So
+        is a loss or a weight that isn't finite, which is never saved.
+        """
+        if not self.is_first:
+            return
+        self.losses.append(loss.clone())  # the next step may overwrite it
+        is_last = self.step == self.config.num_training_steps
+        is_grid = is_last or self.step % self.config.sample_every == 0 or self.step in self.config.early_samples
+        is_row = is_grid or self.step % LOG_EVERY == 0
+        self.stopped = self.signal is not None and not is_last
+        if self.step % BAR_EVERY == 0:
+            self.bar.set_postfix_str(f"loss {loss.item():.4f}")
+        if not (is_row or self.stopped):
+            return
+        losses = torch.stack(self.losses)
+        if not all(values.isfinite().all() for values in (losses, *self.parts["model"].parameters())):
+            hint = "nothing is saved; give a lower --learning_rate"
+            raise InputError(f"the loss or a weight is not finite after step {self.step}: {hint}")
+        try:
+            if is_row:
+                numbers = {"loss": losses.mean(), "learning_rate": self.parts["optimizer"].param_groups[0]["lr"]}
+                numbers |= draw() if is_grid else {}
+                row = {name: f"{number:.6g}" for name, number in numbers.items()}
+                self.log.append({"dataset": self.config.dataset, "step": self.step, **row})
+                self.losses = []
+            if is_grid or self.stopped:
+                self.save()
+            with open(self.folder / "log.csv", "w") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.log)
+        except OSError as error:
+            reason = f"{self.folder} can't be written to ({error.strerror})"
+            if is_last or self.stopped:
+                raise InputError(f"{reason}; make room, or give another --output_dir") from None
+            print(f"\n{reason}; going on", file=sys.stderr)
+
+    def save(self) -> None:
+        """Writes the checkpoint. Of the optimizer it keeps the state alone: its options are a run's own."""
+        checkpoint = {"config": vars(self.config), **{name: getattr(self, name) for name in PLACE}}
+        for name, part in self.parts.items():
+            checkpoint[name] = part.state_dict()
+            checkpoint[name].pop("param_groups", None)
+        save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
