@@ -20,10 +20,6 @@ CHOICES = {
     "precision": ("auto", "float32", "bfloat16"),
 }
 ZERO_ALLOWED = ("dropout", "warmup_steps", "seed")  # all other numbers are positive
-CHANGEABLE = (  # what a resumed run may change: neither its data, nor its network, nor its diffusion
-    "sampling_steps", "num_training_steps", "batch_size", "learning_rate", "warmup_steps", "max_grad_norm",
-    "sample_every", "early_samples", "precision", "seed",
-)  # fmt: skip
 
 
 def read_toml(path: str | Path) -> dict:
@@ -34,6 +30,7 @@ def read_toml(path: str | Path) -> dict:
 
 
 DEFAULTS = read_toml(MNIST)
+FIXED = list(DEFAULTS)[: list(DEFAULTS).index("sampling_steps")]  # a resumed run's data, network and diffusion
 
 
 def positive(text: str) -> int:
@@ -48,16 +45,10 @@ def add_settings(parser: Parser) -> None:
     parser.add_argument("--config_path", help="a file of settings that differ from configs/mnist.toml")
     comments = dict(re.findall(r"^(\w+) = .*?# (.*)$", MNIST.read_text(encoding="utf-8"), re.MULTILINE))
     for name, default in DEFAULTS.items():
-        is_list = isinstance(default, list)
-        parser.add_argument(
-            f"--{name}",
-            type=type(default[0] if is_list else default),
-            nargs="*" if is_list else None,
-            choices=CHOICES.get(name),
-            metavar=None if name in CHOICES else "X",
-            default=argparse.SUPPRESS,
-            help=f"{comments[name]}; default: {default}".replace("%", "%%"),
-        )
+        options = {"type": type(default), "choices": CHOICES.get(name), "default": argparse.SUPPRESS}
+        if isinstance(default, list):
+            options |= {"type": int, "nargs": "*"}
+        parser.add_argument(f"--{name}", help=f"{comments[name]}; default: {default}".replace("%", "%%"), **options)
 
 
 def parse_settings(flags: argparse.Namespace, resumed: dict | None = None) -> SimpleNamespace:
@@ -65,13 +56,14 @@ def parse_settings(flags: argparse.Namespace, resumed: dict | None = None) -> Si
 
     Raises InputError where `check` does, and for what a resumed run can't change.
     """
+    before = DEFAULTS | (resumed or {})
     lines = read_toml(flags.config_path) if flags.config_path else {}
     given = {name: value for name, value in vars(flags).items() if name in DEFAULTS}
-    before = DEFAULTS | (resumed or {})
     config = check(before | lines | given)
-    for name, value in vars(config).items():
-        if resumed and name not in CHANGEABLE and value != before[name]:
-            raise InputError(f"{name} is {value}, in the checkpoint {before[name]}: a resumed run can't change it")
+    for name in FIXED if resumed else ():
+        if getattr(config, name) != before[name]:
+            change = f"{name} is {getattr(config, name)}, in the checkpoint {before[name]}"
+            raise InputError(f"{change}: a resumed run can't change it")
     return config
 
 
@@ -80,13 +72,14 @@ def check(settings: dict) -> SimpleNamespace:
     for name, value in settings.items():
         if name not in DEFAULTS:
             raise InputError(f"{name} is not a setting; the settings are {', '.join(DEFAULTS)}")
-        default = DEFAULTS[name]
-        items, kind = (value, type(default[0])) if isinstance(default, list) else ([value], type(default))
-        if not isinstance(items, list) or not all(type(item) is kind for item in items):
-            raise InputError(f"{name} is {value!r}: write it like {default!r}")
-        if kind is str and value not in CHOICES[name]:
+        kind = type(DEFAULTS[name])
+        items = value if kind is list else [value]
+        number = int if kind is list else kind
+        if type(value) is not kind or any(type(item) is not number for item in items):
+            raise InputError(f"{name} is {value!r}: write it like {DEFAULTS[name]!r}")
+        if value not in CHOICES.get(name, [value]):
             raise InputError(f"{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
-        if kind is not str and not all(0 <= item < 2**31 and (item or name in ZERO_ALLOWED) for item in items):
+        if number is not str and not all(0 <= item < 2**31 and (item or name in ZERO_ALLOWED) for item in items):
             raise InputError(f"{name} is {value}: it must be above 0 (only {', '.join(ZERO_ALLOWED)} may be 0)")
     config = SimpleNamespace(**settings)
     for name, fits, hint in (
