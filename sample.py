@@ -22,7 +22,7 @@ from torchvision.transforms import functional as TF
 
 from support.data import read_picture
 from support.digits import draw_digits
-from support.errors import InputError, Parser, one_line_errors
+from support.errors import Parser, one_line_errors
 from support.framing import frame_digit
 from support.machine import choose_device
 from support.settings import check, positive
@@ -41,9 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", default="samples.png", help="the PNG to write; default: samples.png")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
-    output = Path(flags.output)
-    if output.suffix.lower() != ".png":
-        raise InputError(f"--output is {output}: its name must end in .png")
+    output = Path(flags.output).with_suffix(".png")
     device = choose_device(flags.device)
     model = load_model(flags.checkpoint, device)
     config = model.config

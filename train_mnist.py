@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_settings(flags, checkpoint and checkpoint["config"])
     device = machine.choose_device(flags.device)
     precision = machine.choose_precision(config.precision, device)
-    rank, ranks = machine.join_ranks(device)  # torchrun starts several processes, each with a share of the batch
-    batch_size = machine.share_of_batch(config.batch_size, ranks)
+    rank, ranks = machine.join_ranks(device, config.batch_size)  # torchrun starts several processes, 0 to ranks - 1
 
     # 2. Data: all training images on the device (MNIST: 61 MB), and 64 test images for the grids ---------------------
     # Where MNIST can't be had, a new run takes digits that this lesson draws. The labels are not needed.
@@ -66,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     # 4. Training: Algorithm 1 -----------------------------------------------------------------------------------------
     def training_step() -> Tensor:
         # Line 2: a pair (x, y_0); the context x is made from y_0 itself, shrunk and enlarged bicubically.
-        indices = torch.randint(len(images), (batch_size,), device=device)
+        indices = torch.randint(len(images), (config.batch_size // ranks,), device=device)
         high_res, _, context = make_pair(images[indices], config.low_res_size)  # y_0 and x, [B, C, H, W]
         # Lines 3 and 4, γ and ε, are in SR3.forward, which returns the loss (6), weighted as `loss_weight` says.
         with machine.autocast(device, precision):

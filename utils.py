@@ -117,8 +117,6 @@ def super_resolve(
 def picture_of(images: Tensor, columns: int, scale: int = 2, labels: list[str] | None = None) -> Image.Image:
     """[N, C, H, W] in [0, 1] as one picture in `columns` columns, labelled; each pixel is drawn scale × scale."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
-    if len(images) == 1:  # make_grid gives a single one no frame
-        grid = F.pad(grid, (2, 2, 2, 2), value=0.5)
     picture = to_pil_image((255 * grid).round().byte())  # rows · (H + 2) + 2 by columns · (W + 2) + 2 pixels
     picture = picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
     if labels:

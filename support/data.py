@@ -18,13 +18,14 @@ from tqdm import tqdm
 from support.digits import draw_digits
 from support.errors import InputError
 
-ARCHIVES = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
+FILES = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
 DOWNLOADS = {  # torchvision's class, the folder of its files below --data_dir, and their names
-    "mnist": (datasets.MNIST, "MNIST/raw", ARCHIVES),
-    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw", ARCHIVES),
+    "mnist": (datasets.MNIST, "MNIST/raw", FILES),
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw", FILES),
     "cifar10": (datasets.CIFAR10, ".", "cifar-10-python.tar.gz"),
 }
-ENDINGS = (*Image.registered_extensions(), ".avif", ".dng", ".heic", ".heif", ".jxl", ".svg")  # the last, to be named
+# The last six, which few versions of Pillow read, are tried nevertheless, so that they are named.
+ENDINGS = (*Image.registered_extensions(), ".avif", ".dng", ".heic", ".heif", ".jxl", ".svg")
 
 
 def load_data(
@@ -85,12 +86,12 @@ def load_folder(config: SimpleNamespace, folder: Path) -> tuple[tuple[Tensor, No
         except InputError as error:
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
-        square = TF.pil_to_tensor(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
+        square = TF.pil_to_tensor(ImageOps.fit(picture, (size, size), Image.BILINEAR))
         (test if zlib.crc32(square.numpy().tobytes()) < 2**32 / 10 else train).append(square)
     if not train or not test:
         raise InputError(
-            f"of the readable pictures below {folder}, all {len(train + test)} fall into one half, for training or for "
-            "testing; give a --data_dir with more pictures"
+            f"of the readable pictures below {folder} (links to folders are not followed), "
+            f"{len(train)} are for training and {len(test)} for testing; give a --data_dir with more"
         )
     return (torch.stack(train), None), (torch.stack(test), None)
 
@@ -113,20 +114,23 @@ def find_pictures(folder: Path) -> list[Path]:
 def read_picture(path: str | Path, channels: int) -> Image.Image:
     """A picture file's first frame, upright, as 8-bit grey (mode L) or RGB. Raises InputError where it can't be read.
 
-    What is transparent is laid on black, or on white where nothing would be brighter than mid grey: a black drawing.
+    What is transparent is laid on black, or on white where nothing on black would be brighter than mid grey, as of a
+    black drawing. 16 bits of grey are scaled to 8.
     """
     try:
         with Image.open(path) as picture:
             picture.load()
-    except Exception as error:  # what Pillow raises depends on where the damage is
+        if picture.mode in ("F", "LAB"):
+            raise ValueError(f"its pixels are of the mode {picture.mode}")
+    except Exception as error:  # which one depends on where the damage is
         raise InputError(
             f"{path}: Pillow can't read this {Path(path).suffix[1:].upper()} file ({type(error).__name__}: {error}); "
             "give another, or save it as JPEG or PNG"
         ) from None
     try:
         ImageOps.exif_transpose(picture, in_place=True)
-    except Exception:  # EXIF that can't be read, or, when the pixels are turned already, not written anew: they are fine
-        pass
+    except Exception:
+        pass  # damaged EXIF: what can't be read leaves the pixels as they are, what can't be rewritten comes after them
     if "I" in picture.mode:  # 16 bits of grey: 65,535 is white
         picture = picture.convert("F").point(lambda level: level / 257 + 0.5).convert("L")
     elif picture.has_transparency_data:

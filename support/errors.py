@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 
 class InputError(Exception):
@@ -18,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str):
         raise InputError(message)
 
 
@@ -36,10 +35,10 @@ class Console:
     def write(self, text: str) -> None:
         with suppress(OSError, ValueError):  # ValueError: the stream is closed
             self.stream.write(text)
+            self.stream.flush()
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self.stream.flush()
+        """There is nothing left to flush after `write`."""
 
 
 @contextmanager
@@ -51,5 +50,3 @@ def one_line_errors() -> Iterator[None]:
     except (InputError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

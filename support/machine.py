@@ -25,8 +25,7 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name or found)
         if device.type == "cuda":
-            device = torch.device("cuda", int(rank or device.index or 0))
-            torch.cuda.set_device(device)  # a step is captured on the current one
+            torch.cuda.set_device(int(rank or device.index or 0))
         torch.ones(1, device=device).sum().item()  # fails on a GPU that is too old for this PyTorch
         return device
     except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
@@ -40,17 +39,14 @@ def choose_device(name: str | None = None) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> str:
     """The type in which the network computes: "auto" is bfloat16 on a CPU that is faster in it, else float32.
 
-    Such CPUs are those with AMX, and AMD's with AVX512-BF16. Raises InputError for bfloat16 on a GPU that only emulates
-    it.
+    Such CPUs are those with AMX, and AMD's with AVX512-BF16.
     """
-    if name == "auto":
-        cpuinfo = Path("/proc/cpuinfo")  # on Linux
-        features = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
-        fast = "amx_bf16" in features or ("avx512_bf16" in features and "AuthenticAMD" in features)
-        return "bfloat16" if fast else "float32"
-    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise InputError('precision is "bfloat16", which this GPU only emulates; give --precision float32')
-    return name
+    if name != "auto":
+        return name
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux
+    features = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
+    fast = "amx_bf16" in features or ("avx512_bf16" in features and "AuthenticAMD" in features)
+    return "bfloat16" if fast else "float32"
 
 
 def choose_layout(device: torch.device, precision: str) -> torch.memory_format:
@@ -64,21 +60,21 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
-def join_ranks(device: torch.device) -> tuple[int, int]:
-    """This process's rank and the number of ranks: 0 and 1 without torchrun. Only the first rank prints."""
+def join_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
+    """This process's rank and the number of ranks, 0 and 1 without torchrun. Only the first rank prints.
+
+    Raises InputError where the ranks don't divide the batch.
+    """
     if not dist.is_torchelastic_launched():
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def share_of_batch(batch_size: int, ranks: int) -> int:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     if batch_size % ranks:
         raise InputError(f"batch_size is {batch_size}: {ranks} ranks don't divide it")
-    return batch_size // ranks
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return rank, ranks
 
 
 @contextmanager

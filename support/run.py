@@ -66,24 +66,26 @@ class Run:
             raise InputError(f"there are {images} images, not {self.images}: a resumed run can't change its data")
         for name, part in parts.items() if checkpoint else ():
             part.load_state_dict(part.state_dict() | checkpoint[name])
-        if not self.is_first:
-            return
+        if self.is_first:
+            self.take_folder(moving=not checkpoint)
+
+    def take_folder(self, moving: bool) -> None:
+        """Makes the folder, keeps other runs out of it, and moves the files of an earlier run aside."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(folder / ".lock", "w")  # until the process ends
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")  # until the process ends
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             reason = "another run writes to it" if isinstance(error, BlockingIOError) else error.strerror
-            raise InputError(f"{folder} can't be used ({reason}); give another --output_dir") from None
-        earlier = [path for name in RESULTS for path in folder.glob(name)]
-        if earlier and not checkpoint:
-            names = (folder / f"earlier-{i}" for i in itertools.count(1))
-            aside = next(path for path in names if not path.exists())
-            aside.mkdir()
-            for path in earlier:
-                path.rename(aside / path.name)
-            print(f"the results of an earlier run are now in {aside}")
+            raise InputError(f"{self.folder} can't be used ({reason}); give another --output_dir") from None
+        earlier = [path for name in RESULTS for path in self.folder.glob(name)]
+        number = 1
+        while (aside := self.folder / f"earlier-{number}").exists():
+            number += 1
+        for path in earlier if moving else ():
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / path.name)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a bar. Ctrl-C, SIGTERM or SIGHUP end them after a step, which is saved."""
@@ -92,16 +94,15 @@ class Run:
             ignored = signal.getsignal(number) == signal.SIG_IGN  # as under nohup
             if not ignored and not dist.is_initialized():  # ranks would stop after different steps
                 signal.signal(number, self.receive)
-        total = self.config.num_training_steps
-        left = range(self.step + 1, total + 1)
-        self.bar = tqdm(left, initial=self.step, total=total, unit="step", dynamic_ncols=True, disable=not self.is_first)
+        last = self.config.num_training_steps
+        left = range(self.step + 1, last + 1)
+        self.bar = tqdm(left, initial=self.step, total=last, unit="step", dynamic_ncols=True, disable=not self.is_first)
         for self.step in self.bar:
             yield self.step
             if self.stopped:
                 print(f"stopped after step {self.step}; the same command with --resume goes on from there")
                 sys.exit(128 + self.signal)
-        path = self.folder / "checkpoint.pt"
-        print(f"all {self.step} steps are done; next: python evaluate.py {path}, python sample.py {path}")
+        print(f"all {self.step} steps are done; to judge the model: python evaluate.py {self.folder / 'checkpoint.pt'}")
 
     def receive(self, number: int, _) -> None:
         self.signal = number
@@ -115,25 +116,26 @@ class Run:
         """
         if not self.is_first:
             return
+        step, config = self.step, self.config
         self.losses.append(loss.clone())  # the next step may overwrite it
-        is_last = self.step == self.config.num_training_steps
-        is_grid = is_last or self.step % self.config.sample_every == 0 or self.step in self.config.early_samples
-        is_row = is_grid or self.step % LOG_EVERY == 0
+        is_last = step == config.num_training_steps
+        is_grid = is_last or step % config.sample_every == 0 or step in config.early_samples
+        is_row = is_grid or step % LOG_EVERY == 0
         self.stopped = self.signal is not None and not is_last
-        if self.step % BAR_EVERY == 0:
+        if step % BAR_EVERY == 0:
             self.bar.set_postfix_str(f"loss {loss.item():.4f}")
         if not (is_row or self.stopped):
             return
         losses = torch.stack(self.losses)
         if not all(values.isfinite().all() for values in (losses, *self.parts["model"].parameters())):
             hint = "nothing is saved; give a lower --learning_rate"
-            raise InputError(f"the loss or a weight is not finite after step {self.step}: {hint}")
+            raise InputError(f"the loss or a weight is not finite after step {step}: {hint}")
         try:
             if is_row:
                 numbers = {"loss": losses.mean(), "learning_rate": self.parts["optimizer"].param_groups[0]["lr"]}
                 numbers |= draw() if is_grid else {}
                 row = {name: f"{number:.6g}" for name, number in numbers.items()}
-                self.log.append({"dataset": self.config.dataset, "step": self.step, **row})
+                self.log.append({"dataset": config.dataset, "step": step, **row})
                 self.losses = []
             if is_grid or self.stopped:
                 self.save()
@@ -149,8 +151,7 @@ class Run:
 
     def save(self) -> None:
         """Writes the checkpoint. Of the optimizer it keeps the state alone: its options are a run's own."""
-        checkpoint = {"config": vars(self.config), **{name: getattr(self, name) for name in PLACE}}
-        for name, part in self.parts.items():
-            checkpoint[name] = part.state_dict()
-            checkpoint[name].pop("param_groups", None)
-        save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        states["optimizer"].pop("param_groups")
+        place = {name: getattr(self, name) for name in PLACE}
+        save_checkpoint(self.folder / "checkpoint.pt", {"config": vars(self.config), **place, **states})

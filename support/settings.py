@@ -82,13 +82,13 @@ def check(settings: dict) -> SimpleNamespace:
         if number is not str and not all(0 <= item < 2**31 and (item or name in ZERO_ALLOWED) for item in items):
             raise InputError(f"{name} is {value}: it must be above 0 (only {', '.join(ZERO_ALLOWED)} may be 0)")
     config = SimpleNamespace(**settings)
-    for name, fits, hint in (
+    for name, fits, rule in (
         ("image_size", config.image_size >= 11, "at least 11, the size of SSIM's window"),
-        ("low_res_size", config.low_res_size < config.image_size, f"less than image_size, {config.image_size}"),
+        ("low_res_size", config.low_res_size < config.image_size, "less than image_size"),
         ("channels", config.channels in (1, 3), "1 (grey) or 3 (colour)"),
         ("dropout", config.dropout < 1, "less than 1"),
-        ("sampling_steps", config.sampling_steps <= config.num_timesteps, f"at most T, {config.num_timesteps}"),
+        ("sampling_steps", config.sampling_steps <= config.num_timesteps, "at most num_timesteps"),
     ):
         if not fits:
-            raise InputError(f"{name} is {getattr(config, name)}: it must be {hint}")
+            raise InputError(f"{name} is {settings[name]}: it must be {rule}")
     return config

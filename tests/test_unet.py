@@ -1,52 +1,66 @@
-"""unet.py: shapes, what starts at zero, what it looks at, what it refuses."""
+"""unet.py: what starts at zero, what it looks at, where its connections lead, what it refuses."""
 
 import pytest
 import torch
 
-from unet import UNet
+from unet import SelfAttention, Stage, UNet
+
+SETTINGS = {
+    "image_channels": 3, "features": 8, "channel_multipliers": [1, 2, 3], "blocks_per_level": 2,
+    "attention_resolutions": [4, 8], "attention_heads": 2, "dropout": 0.0, "image_size": 16,
+}  # fmt: skip
+INPUTS = x, y_t, gamma = *torch.randn(2, 4, 3, 16, 16), torch.tensor([1e-4, 0.3, 0.6, 1 - 1e-6])
 
 
-def small_unet(image_channels=1, image_size=16, multipliers=(1, 2), blocks=1, attention=8):
-    return UNet(image_channels, 8, multipliers, blocks, [attention], 2, dropout=0.0, image_size=image_size)
-
-
-def shaken_unet(**settings):
-    """All weights are off their initial values, the zero ones too."""
+@pytest.fixture
+def unet():
+    """All its weights are off their initial values, the zero ones too."""
     torch.manual_seed(0)
-    unet = small_unet(**settings)
+    unet = UNet(**SETTINGS)
     for weight in unet.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     return unet
 
 
-@pytest.mark.parametrize("channels, blocks", [(1, 1), (3, 2)])
-@pytest.mark.parametrize("size, multipliers", [(8, [1]), (32, [1, 2, 2, 4]), (24, [1, 1, 2])])
-def test_it_keeps_the_shape_refuses_another_and_is_zero_before_training(channels, blocks, size, multipliers):
-    y_t, gamma = torch.randn(2, channels, size, size), torch.tensor([0.1, 0.9])
-    unet = small_unet(channels, size, multipliers, blocks, attention=size)
-    assert torch.equal(unet(y_t, y_t, gamma), torch.zeros_like(y_t))  # the last convolution starts at zero
-    for x in (y_t[..., 2:], y_t[..., 2:, 2:], y_t[0], y_t[..., None], torch.cat([y_t, y_t], dim=1)):
-        with pytest.raises(ValueError, match=rf"wants \[B, {channels}, {size}, {size}\]"):
-            unet(x, x, gamma)
+def test_it_keeps_the_shape_and_is_zero_before_training():
+    assert torch.equal(UNet(**SETTINGS)(*INPUTS), torch.zeros(4, 3, 16, 16))
 
 
-def test_every_input_and_every_weight_matters():
-    unet = shaken_unet(image_channels=3, blocks=2)
-    x, y_t, gamma = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.6])
-    u = unet(x, y_t, gamma)
-    for others in ((x + 0.1, y_t, gamma), (x, y_t + 0.1, gamma), (x, y_t, gamma + 0.01)):
-        assert not torch.allclose(u, unet(*others), atol=1e-4)
-    levels = torch.tensor([[1e-4, 2e-4], [1 - 1e-6, 1 - 2e-6]])  # it tells levels apart next to γ = 0 and to γ = 1
-    assert all((unet(x[:1], y_t[:1], a[None]) - unet(x[:1], y_t[:1], b[None])).abs().max() > 1e-4 for a, b in levels)
+def test_every_input_and_every_weight_matters(unet):
+    """γ also next to 0 and to 1."""
+    u = unet(*INPUTS)
+    for changed in ((x + 0.1, y_t, gamma), (x, y_t + 0.1, gamma), (x, y_t, gamma / 2), (x, y_t, (1 + gamma) / 2)):
+        assert (unet(*changed) - u).flatten(1).abs().amax(1).min() > 1e-4
     u.square().sum().backward()
-    for name, weight in unet.named_parameters():
-        assert weight.grad is not None and weight.grad.abs().max() > 0, name
+    assert all(weight.grad.abs().max() > 0 for weight in unet.parameters())
 
 
-def test_images_of_a_batch_do_not_see_each_other_and_their_layout_in_memory_does_not_matter():
-    unet, given = shaken_unet(image_channels=3), (*torch.randn(2, 4, 3, 16, 16), torch.rand(4))
-    together = unet(*given)
-    alone = torch.cat([unet(*(v[i : i + 1] for v in given)) for i in range(4)])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    for x in (given[0].contiguous(memory_format=torch.channels_last), given[0].mT.contiguous().mT):
-        torch.testing.assert_close(unet(x, *given[1:]), together, atol=1e-5, rtol=1e-5)
+def test_images_of_a_batch_do_not_see_each_other(unet):
+    alone = [unet(*(values[[i]] for values in INPUTS)) for i in range(4)]
+    torch.testing.assert_close(torch.cat(alone), unet(*INPUTS), atol=1e-5, rtol=1e-5)
+
+
+def test_stages_are_joined_to_their_mirror_images_and_attend_at_the_stated_resolutions(unet):
+    calls = []
+    for layer in unet.modules():
+        if isinstance(layer, Stage):
+            layer.register_forward_hook(lambda *call: calls.append(call))  # the stage, its inputs, its output
+    unet(*INPUTS)
+    assert len(calls) == 6 + 1 + 6
+    for (stage, _, skip), (_, (joined, _), _) in zip(calls[:6], reversed(calls)):
+        assert torch.equal(joined[:, -len(skip[0]) :], skip)
+        assert isinstance(stage.attention, SelfAttention) == (skip.shape[2] in (4, 8))
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("image_size", 18, "one number for each scale, each at half the size"),
+        ("features", 12, "features is 12: it must be a multiple of 8 and of attention_heads, 2"),
+        ("attention_heads", 3, "attention_heads, 3"),
+        ("attention_resolutions", [5], r"\[5\]: the scales have \[16, 8, 4\]"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_what_to_give(name, value, words):
+    with pytest.raises(ValueError, match=words):
+        UNet(**SETTINGS | {name: value})
