@@ -1,12 +1,16 @@
 """How images are judged (the paper's section 4). A metric takes images in [0, 1] and returns one value for each.
 
-The first functions compare pixels. The others ask small networks, which learn their task from real images in seconds:
-what the digit is, and which of two images is real. The paper asked a ResNet-50 and people.
+The first functions compare pixels. The next ask small networks, which learn their task from real images in seconds:
+what the digit is, and which of two images is real. The paper asked a ResNet-50 and people. `frechet_distance` and
+`calibration` judge a whole set of images.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from itertools import pairwise
+
+from support.errors import InputError
+from support.machine import choose_layout
+from support.run import load_checkpoint, save_checkpoint
 
 import torch
 import torch.nn.functional as F
@@ -36,25 +40,19 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of [B, C, H, W], at most 1 (equal images); [B].
 
-    The mean over channels and over all Gaussian windows, of 11×11 with σ = 1.5, that lie within the image.
-    scikit-image with Gaussian weights, piq, pytorch-msssim (range 1) and dm-pix agree; torchmetrics 1.9 and kornia's
-    default also count a mirrored frame, which gives unrelated digits 0.42 instead of 0.14. Raises ValueError for images
-    smaller than the window.
+    The mean over channels and over all Gaussian windows, of 11×11 with σ = 1.5, that lie within the image; NaN where
+    the image is smaller. In float64, on the CPU: differences of squares are too fine for float32.
     """
-    if min(images.shape[2:]) < 11:
-        raise ValueError(f"the images are {list(images.shape)}: SSIM's window needs 11×11 pixels or more")
-    similarities = []
-    for i in range(0, len(images), 100):  # more at a time might not fit into memory
-        x = images[i : i + 100].cpu().double()  # differences of squares: float32 is too short
-        y = reference[i : i + 100].cpu().double()
-        local_means = gaussian_blur(torch.cat([x, y, x * x, y * y, x * y]), 11, 1.5)[..., 5:-5, 5:-5]
-        mean_x, mean_y, mean_xx, mean_yy, mean_xy = local_means.chunk(5)  # [100, C, H - 10, W - 10] each
-        variance_x, variance_y, covariance = mean_xx - mean_x**2, mean_yy - mean_y**2, mean_xy - mean_x * mean_y
-        c1, c2 = 0.01**2, 0.03**2
-        similarity = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-        similarity = similarity * (2 * covariance + c2) / (variance_x + variance_y + c2)
-        similarities.append(similarity.mean(dim=(1, 2, 3)))
-    return torch.cat(similarities).float().to(images.device)
+
+    def local_mean(values):
+        return gaussian_blur(values, 11, 1.5)[..., 5:-5, 5:-5]  # [B, C, H - 10, W - 10]
+
+    x, y = images.cpu().double(), reference.cpu().double()
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
+    covariance, variances = local_mean(x * y) - product, local_mean(x**2 + y**2) - squares
+    luminance = (2 * product + 1e-4) / (squares + 1e-4)  # the constants are 0.01² and 0.03²
+    return (luminance * (2 * covariance + 9e-4) / (variances + 9e-4)).mean(dim=(1, 2, 3))
 
 
 def consistency(images: Tensor, low_res: Tensor) -> Tensor:
@@ -76,19 +74,35 @@ def accuracy(images: Tensor, labels: Tensor, classifier: nn.Module) -> Tensor:
     return (predict(classifier, images).argmax(dim=1) == labels).float()
 
 
-def frechet_distance(features: Tensor, others: Tensor) -> float:
+def calibration(classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Do samples doubt where they should? Of the samples whose class a share s shows, a share s should be right.
+
+    `classes` are int64 [N, K], those of K samples for the same x; labels are [N]. Each sample is a prediction, and the
+    share of the K that show its class is its confidence. Returns the expected calibration error (Guo et al., arXiv
+    1706.04599), a scalar, and the bins that it is made of, [bins, 3]: mean share, how often the samples are right,
+    their number. The bins are [0, 0.1), [0.1, 0.2), … and {1}, without empty ones; the error is the mean over samples
+    of their bin's |share - how often|. A regression is always sure, so its error is 1 - accuracy. A perfect sampler's
+    is above 0, too, as its shares are those of K samples and its frequencies those of N images: compare with it.
+    """
+    share = (classes[:, :, None] == classes[:, None]).sum(dim=2).flatten() / classes.shape[1]  # [N · K]
+    right = (classes == labels[:, None]).float().flatten()
+    members = F.one_hot((10 * share).long(), 11).float()  # [N · K, 11]
+    number = members.sum(dim=0)
+    bins = torch.stack([share @ members / number, right @ members / number, number], dim=1)[number > 0]
+    return ((share - right) @ members).abs().sum() / len(share), bins
+
+
+def frechet_distance(features: Tensor, others: Tensor) -> Tensor:
     """Fréchet distance between two sets of features, [N, D] and [M, D], each taken as a Gaussian.
 
     |μ - ν|² + tr(A + B - 2 √(A B)) with the means μ, ν and covariances A, B. Of an Inception network's features this is
     FID; of a small digit classifier's it can't be compared with published figures. It falls as N grows, so compare sets
-    of one size. NaN for a set of one, which has no covariance.
+    of one size; N and M are at least 2.
     """
-    if min(len(features), len(others)) < 2:
-        return float("nan")
     features, others = features.cpu().double(), others.cpu().double()  # an Apple GPU has no float64
     a, b = features.T.cov(), others.T.cov()
     overlap = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt().sum()  # tr √(A B)
-    return ((features.mean(0) - others.mean(0)).square().sum() + a.trace() + b.trace() - 2 * overlap).item()
+    return (features.mean(0) - others.mean(0)).square().sum() + a.trace() + b.trace() - 2 * overlap
 
 
 def fool_rate(images: Tensor, reference: Tensor, context: Tensor, seed: int = 0, noise: float = 0.1) -> Tensor:
@@ -104,101 +118,92 @@ def fool_rate(images: Tensor, reference: Tensor, context: Tensor, seed: int = 0,
     generator = torch.Generator().manual_seed(seed)
     learned, asked = torch.randperm(len(images), generator=generator).tensor_split([len(images) // 2])
 
-    def ratings(judge: nn.Module, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """How real the outputs and the real images look to the judge; [B, 1] each."""
+    def lead(indices: Tensor) -> Tensor:
+        """How much more real the outputs look to the judge than the real images; [B, 1]."""
         candidates = torch.cat([images[indices], reference[indices]])  # [2B, C, H, W]
-        candidates = candidates + noise * torch.randn(candidates.shape, generator=generator).to(images.device)
-        return judge(torch.cat([context[indices].repeat(2, 1, 1, 1), candidates], dim=1)).chunk(2)
-
-    def loss(judge: nn.Module, indices: Tensor) -> Tensor:
-        output, real = ratings(judge, learned[indices])
-        return F.softplus(output - real).mean()  # -log of the probability that it says right
+        candidates += noise * torch.randn(candidates.shape, generator=generator).to(images.device)
+        output, real = judge(torch.cat([context[indices].repeat(2, 1, 1, 1), candidates], dim=1)).chunk(2)
+        return output - real
 
     judge = small_network(2 * images.shape[1], 1, images.device, seed)
     passes = max(10, 1200 // len(learned))  # few images teach it something, too, if it sees them often
-    train_network(judge, loss, len(learned), passes, batch_size=32, seed=seed)
+    train_network(  # the loss is -log of the probability that it says right
+        judge, lambda batch: F.softplus(lead(learned[batch])).mean(), len(learned), passes, batch_size=32, seed=seed
+    )
     verdicts = torch.full((len(images),), torch.nan)
     with torch.no_grad():
         for indices in asked.split(250):
-            output, real = ratings(judge, indices)
-            verdicts[indices] = ((output > real).float() + 0.5 * (output == real).float())[:, 0].cpu()
+            verdicts[indices] = (lead(indices)[:, 0].sign().cpu() + 1) / 2
     return verdicts
 
 
 # The networks that judge ----------------------------------------------------------------------------------------------
 
 
-def train_classifier(images: Tensor, labels: Tensor) -> nn.Module:
-    """A small network that has learned the classes of real images, uint8 [N, C, H, W]; labels int64 [N] from 0.
+def train_classifier(images: Tensor, labels: Tensor, path=None) -> nn.Module:
+    """A small network that has learned the classes of real images, [N, C, H, W] in [0, 1]; labels int64 [N] from 0.
 
     It sees each image once. Its features are what it computes before its last layer: `classifier[:-1]`, [B, 64].
+    With a path, it is kept there for the next time.
     """
-
-    def loss(network: nn.Module, indices: Tensor) -> Tensor:
-        return F.cross_entropy(network(images[indices].float() / 255), labels[indices])
-
     classifier = small_network(images.shape[1], int(labels.max()) + 1, images.device)
-    return train_network(classifier, loss, len(images), passes=1)
+    return train_network(
+        classifier, lambda batch: F.cross_entropy(classifier(images[batch]), labels[batch]), len(images), 1, path=path
+    )
 
 
-def train_guesser(low_res: Tensor, labels: Tensor) -> nn.Module:
+def train_guesser(low_res: Tensor, labels: Tensor, path=None) -> nn.Module:
     """A network that has learned the classes from low-resolution images alone, [N, C, h, w]: what x says of the digit.
 
     The probability that it gives to the right class, on average, is how often a perfect sampler of p(y | x) would draw
-    a digit of that class. Answering with the likeliest class is right more often than that.
+    a digit of that class. Answering with the likeliest class is right more often than that. With a path, it is kept
+    there for the next time.
     """
-
-    def loss(network: nn.Module, indices: Tensor) -> Tensor:
-        return F.cross_entropy(network(low_res[indices]), labels[indices])
-
-    guesser = guessing_network(low_res[0].numel(), int(labels.max()) + 1).to(low_res.device)
-    return train_network(guesser, loss, len(low_res), passes=8, batch_size=256, max_rate=0.01)
+    torch.manual_seed(0)
+    pixels, outputs = low_res[0].numel(), int(labels.max()) + 1
+    guesser = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(pixels), MLP(pixels, [256, 256, outputs])).to(low_res.device)
+    return train_network(
+        guesser, lambda batch: F.cross_entropy(guesser(low_res[batch]), labels[batch]), len(low_res),
+        passes=8, batch_size=256, max_rate=0.01, path=path,
+    )  # fmt: skip
 
 
 def small_network(channels: int, outputs: int, device: torch.device, seed: int = 0) -> nn.Module:
     """A convolutional network from [B, channels, H, W] by way of 64 features to [B, outputs]."""
-    with seeded(seed):
-        layers = []
-        for width_in, width in pairwise((channels, 16, 32, 64, 64)):
-            layers += [nn.Conv2d(width_in, width, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU()]
-        del layers[-3]  # the last pooling is the average of all pixels
-        network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, outputs))
-    fastest = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # measured: 1.5 times as fast
-    return network.to(device, memory_format=fastest)
-
-
-def guessing_network(pixels: int, outputs: int) -> nn.Module:
-    """A fully connected network from [B, C, h, w] with so many pixels, C · h · w, to [B, outputs]."""
-    with seeded(0):
-        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(pixels), MLP(pixels, [256, 256, outputs]))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Weights that are made inside are the same every time, and what torch draws elsewhere stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+    torch.manual_seed(seed)
+    layers = []
+    for width_in, width in pairwise((channels, 16, 32, 64, 64)):
+        layers += [nn.Conv2d(width_in, width, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU()]
+    del layers[-3]  # the last pooling is the average of all pixels
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, outputs))
+    return network.to(device, memory_format=choose_layout(device, "float32"))
 
 
 def train_network(
-    network: nn.Module, loss: Callable, examples: int, passes: int, batch_size=64, max_rate=0.005, seed=0
+    network: nn.Module, loss, examples: int, passes: int, batch_size=64, max_rate=0.005, seed=0, path=None
 ) -> nn.Module:
-    """The network, trained on loss(network, indices of examples), in evaluation mode.
+    """The network, trained on loss(indices of examples), in evaluation mode; or as an earlier call left it at the path.
 
     The examples come in random order, all of them in each pass, and in the same order every time.
     """
+    if path:
+        with suppress(InputError, RuntimeError):  # there is no file, or a damaged one, or that of another network
+            network.load_state_dict(load_checkpoint(path, ("network",))["network"])
+            return network.eval()
     generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(passes):
-        batches += torch.randperm(examples, generator=generator).split(batch_size)
+    batches = [
+        batch for _ in range(passes) for batch in torch.randperm(examples, generator=generator).split(batch_size)
+    ]
     optimizer = torch.optim.Adam(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_rate, total_steps=len(batches))
-    for indices in batches:
+    for batch in batches:
         optimizer.zero_grad()
-        loss(network, indices).backward()
+        loss(batch).backward()
         optimizer.step()
         schedule.step()
+    if path:
+        with suppress(OSError):  # a full disk must not cost the evaluation
+            save_checkpoint(path, {"network": network.state_dict()})
     return network.eval()
 
 

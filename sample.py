@@ -22,7 +22,7 @@ from torchvision.transforms import functional as TF
 
 from support.data import read_picture
 from support.digits import draw_digits
-from support.errors import Parser, one_line_errors
+from support.errors import InputError, Parser, one_line_errors
 from support.framing import frame_digit
 from support.machine import choose_device
 from support.settings import check, positive
@@ -41,12 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", default="samples.png", help="the PNG to write; default: samples.png")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
-    output = Path(flags.output).with_suffix(".png")
+    output = Path(flags.output)
+    if output.suffix != ".png":
+        raise InputError(f"--output is {output}: its name must end in .png")
     device = choose_device(flags.device)
     model = load_model(flags.checkpoint, device)
     config = model.config
     steps = flags.sampling_steps or config.sampling_steps
     check(vars(config) | {"sampling_steps": steps, "seed": flags.seed})
+    output.parent.mkdir(parents=True, exist_ok=True)
 
     # Each image is [1, C, side, side] in [-1, 1]; they differ in side.
     if flags.pictures:
@@ -66,7 +69,6 @@ def main(arguments: list[str] | None = None) -> None:
     columns |= zip(names, samples.unflatten(0, (-1, len(names))).unbind(dim=1))  # [N, C, H, W] each
     if all(image.shape[-1] > config.low_res_size for image in images):
         columns["original"] = to_unit(torch.cat([downsample(image, config.image_size) for image in images]))
-    output.parent.mkdir(parents=True, exist_ok=True)
     picture_of_columns(columns, scale=max(1, 100 // config.image_size)).save(output)
     print(f"{output}: {len(images)} × {len(names)} samples, seed {flags.seed}")
 

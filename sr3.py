@@ -24,9 +24,7 @@ Generators = list[torch.Generator] | None  # one for each image, whose noise is 
 
 
 def noise_levels(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
-    """γ_0 = 1 and γ_t = α_1 · … · α_t for t = 1…T, with β_t = 1 - α_t linear as in DDPM; [T + 1] in float64.
-
-    """
+    """γ_0 = 1 and γ_t = α_1 · … · α_t for t = 1…T, with β_t = 1 - α_t linear as in DDPM; [T + 1] in float64."""
     alphas = 1 - torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
     return torch.cat([torch.ones(1, dtype=torch.float64), alphas.cumprod(0)])
 

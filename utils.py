@@ -80,7 +80,10 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Re
     checkpoint, device = load_checkpoint(path), torch.device(device)
     config = check(DEFAULTS | checkpoint["config"])
     model = build_model(config)
-    model.load_state_dict(checkpoint["ema"])  # shipped weights are in half precision; the model stays float32
+    try:
+        model.load_state_dict(checkpoint["ema"])  # shipped weights are in half precision; the model stays float32
+    except RuntimeError as error:
+        raise InputError(f"{path} is of another version of this lesson, or damaged: {error}") from None
     model.config, model.step = config, checkpoint["step"]
     precision = choose_precision(config.precision, device)
     return model.eval().to(device, memory_format=choose_layout(device, precision))
@@ -101,13 +104,14 @@ def super_resolve(
         raise ValueError(f"there are images of {list(low_res.shape)} and {len(seeds)} seeds: give {wanted}")
     context = upsample(low_res, config.image_size)  # x
     precision = choose_precision(config.precision, device)
+    steps = config.sampling_steps if steps is None else steps
     together = 512 if device.type == "cuda" else 64  # images
     parts = []
     for start in tqdm(range(0, len(seeds), together), desc="drawing", unit="batch", dynamic_ncols=True, leave=False):
         part = slice(start, start + together)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]  # on the CPU: alike everywhere
         with autocast(device, precision):
-            parts.append(sample(model, context[part], steps or config.sampling_steps, generators))
+            parts.append(sample(model, context[part], steps, generators))
     return (255 * to_unit(torch.cat(parts))).round() / 255
 
 

@@ -1,6 +1,7 @@
 """How a script ends: bad input gives one line and status 2; anything else is a bug and keeps its traceback."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ class Console:
     """A stream that drops what can't be written: a closed terminal must not end a run, nor cost a checkpoint."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # a closed one is None
         if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
             stream.reconfigure(errors="replace")  # a letter that the console doesn't have becomes a question mark
 

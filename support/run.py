@@ -76,32 +76,38 @@ class Run:
             self.lock = open(self.folder / ".lock", "w")  # until the process ends
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            earlier = [path for name in RESULTS for path in self.folder.glob(name)]
+            number = 1
+            while (aside := self.folder / f"earlier-{number}").exists():
+                number += 1
+            for path in earlier if moving else ():
+                aside.mkdir(exist_ok=True)
+                path.rename(aside / path.name)
+            self.write_log()  # a resumed run's may be older than its checkpoint
         except OSError as error:
             reason = "another run writes to it" if isinstance(error, BlockingIOError) else error.strerror
             raise InputError(f"{self.folder} can't be used ({reason}); give another --output_dir") from None
-        earlier = [path for name in RESULTS for path in self.folder.glob(name)]
-        number = 1
-        while (aside := self.folder / f"earlier-{number}").exists():
-            number += 1
-        for path in earlier if moving else ():
-            aside.mkdir(exist_ok=True)
-            path.rename(aside / path.name)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a bar. Ctrl-C, SIGTERM or SIGHUP end them after a step, which is saved."""
+        handlers = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
             ignored = signal.getsignal(number) == signal.SIG_IGN  # as under nohup
             if not ignored and not dist.is_initialized():  # ranks would stop after different steps
-                signal.signal(number, self.receive)
+                handlers.setdefault(number, signal.signal(number, self.receive))
         last = self.config.num_training_steps
         left = range(self.step + 1, last + 1)
         self.bar = tqdm(left, initial=self.step, total=last, unit="step", dynamic_ncols=True, disable=not self.is_first)
         for self.step in self.bar:
             yield self.step
             if self.stopped:
-                print(f"stopped after step {self.step}; the same command with --resume goes on from there")
-                sys.exit(128 + self.signal)
+                break
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if self.stopped:
+            print(f"stopped after step {self.step}; the same command with --resume goes on from there")
+            sys.exit(128 + self.signal)
         print(f"all {self.step} steps are done; to judge the model: python evaluate.py {self.folder / 'checkpoint.pt'}")
 
     def receive(self, number: int, _) -> None:
@@ -126,28 +132,32 @@ class Run:
             self.bar.set_postfix_str(f"loss {loss.item():.4f}")
         if not (is_row or self.stopped):
             return
-        losses = torch.stack(self.losses)
+        rate = self.parts["optimizer"].param_groups[0]["lr"]
+        losses = torch.stack([loss.to(rate.device) for loss in self.losses])
         if not all(values.isfinite().all() for values in (losses, *self.parts["model"].parameters())):
             hint = "nothing is saved; give a lower --learning_rate"
             raise InputError(f"the loss or a weight is not finite after step {step}: {hint}")
         try:
             if is_row:
-                numbers = {"loss": losses.mean(), "learning_rate": self.parts["optimizer"].param_groups[0]["lr"]}
+                numbers = {"loss": losses.mean(), "learning_rate": rate}
                 numbers |= draw() if is_grid else {}
                 row = {name: f"{number:.6g}" for name, number in numbers.items()}
                 self.log.append({"dataset": config.dataset, "step": step, **row})
                 self.losses = []
             if is_grid or self.stopped:
                 self.save()
-            with open(self.folder / "log.csv", "w") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.log)
+            self.write_log()
         except OSError as error:
-            reason = f"{self.folder} can't be written to ({error.strerror})"
+            reason = f"{self.folder} can't be written to ({error.strerror or error})"
             if is_last or self.stopped:
                 raise InputError(f"{reason}; make room, or give another --output_dir") from None
             print(f"\n{reason}; going on", file=sys.stderr)
+
+    def write_log(self) -> None:
+        with open(self.folder / "log.csv", "w") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.log)
 
     def save(self) -> None:
         """Writes the checkpoint. Of the optimizer it keeps the state alone: its options are a run's own."""

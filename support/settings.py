@@ -80,7 +80,7 @@ def check(settings: dict) -> SimpleNamespace:
         if value not in CHOICES.get(name, [value]):
             raise InputError(f"{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
         if number is not str and not all(0 <= item < 2**31 and (item or name in ZERO_ALLOWED) for item in items):
-            raise InputError(f"{name} is {value}: it must be above 0 (only {', '.join(ZERO_ALLOWED)} may be 0)")
+            raise InputError(f"{name} is {value}: it must be above 0 ({', '.join(ZERO_ALLOWED)}: or 0) and below 2^31")
     config = SimpleNamespace(**settings)
     for name, fits, rule in (
         ("image_size", config.image_size >= 11, "at least 11, the size of SSIM's window"),

@@ -45,6 +45,7 @@ def draw_few_digits(number, *arguments, **options):
 
 
 support.data.draw_digits = draw_few_digits
+support.run.LOG_EVERY = 8  # steps: so that short runs, too, have rows without a grid
 support.run.fcntl = None  # a folder is locked until the process ends, which for these runs is the tests' own
 urllib.request.urlopen = raising(urllib.request.URLError("no network in tests"))
 

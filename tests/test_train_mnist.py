@@ -1,16 +1,15 @@
 """train_mnist.py as its users run it: what a run writes, how it ends, how it goes on, what it refuses."""
 
-import fcntl
-import itertools
 import math
 import os
-import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -24,26 +23,20 @@ from unet import ResidualBlock
 from utils import build_model, load_model
 
 SCHEDULE = {"early_samples": [3], "sample_every": 14}  # grids after steps 3, 14 and 20, and rows after 8 and 16
-DISK_FULL = OSError(28, "No space left on device")
-
-
-@pytest.fixture(autouse=True)
-def a_row_every_eight_steps(monkeypatch):
-    monkeypatch.setattr(support.run, "LOG_EVERY", 8)
+MNIST = {"dataset": "mnist", "sample_every": 4}
 
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
-    """The folder of a run of 20 steps, not to be written to, and the loss and the weights after each."""
+    """The folder of a run of 20 steps, not to be written to, and the loss and the model after each."""
     steps, after = [], Run.after
 
     def trace(self, loss, draw):
-        steps.append((loss.item(), [weight.detach().clone() for weight in self.parts["model"].parameters()]))
+        steps.append((loss.item(), deepcopy(self.parts["model"])))
         after(self, loss, draw)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "after", trace)
-        patch.setattr(support.run, "LOG_EVERY", 8)
         return run(tmp_path_factory.mktemp("traced") / "output", **SCHEDULE), *zip(*steps)
 
 
@@ -54,7 +47,7 @@ def copied(traced, tmp_path):
 
 def at_steps(monkeypatch, actions):
     """In the middle of steps, counted in this process, calls what stands behind their numbers."""
-    forward, numbers = SR3.forward, itertools.count(1)
+    forward, numbers = SR3.forward, count(1)
     monkeypatch.setattr(SR3, "forward", lambda *batch: (actions.get(next(numbers), int)(), forward(*batch))[1])
 
 
@@ -69,49 +62,197 @@ def test_a_run_writes_grids_and_a_log_of_mean_losses_and_the_rising_learning_rat
     output, losses, _ = traced
     grids = {f"{name}-{step:06d}.png" for name in ("sr", "lr", "hr", "refinement") for step in (3, 14, 20)}
     assert {*snapshot(output)} == grids | {"refinement.gif", "progress.png", "log.csv", "checkpoint.pt"}
-    before = 0
-    for row, step in zip(log_of(output), (3, 8, 14, 16, 20), strict=True):
-        assert row["step"] == str(step) and bool(row["psnr"]) == bool(row["ssim"]) == (step in (3, 14, 20))
+    for row, (before, step) in zip(log_of(output), pairwise([0, 3, 8, 14, 16, 20]), strict=True):
+        assert row["step"] == str(step) and bool(row["psnr"]) == (step in (3, 14, 20))
         assert float(row["loss"]) == pytest.approx(sum(losses[before:step]) / (step - before), rel=1e-4)
         assert float(row["learning_rate"]) == pytest.approx(1e-3 * step / 50, rel=1e-5)  # of 50 steps of warm-up
-        before = step
 
 
-def test_samples_are_made_with_the_average_of_all_weights_with_a_mean_age_of_a_tenth_of_the_steps(traced):
-    output, _, weights = traced
-    model = load_model(output / "checkpoint.pt")
+def test_samples_are_made_with_an_average_of_all_weights_whose_mean_age_is_a_tenth_of_the_steps(traced):
+    output, _, models = traced
+    final = load_model(output / "checkpoint.pt")
     torch.manual_seed(0)
-    average = list(build_model(model.config).parameters())
-    for step, now in enumerate(weights, start=1):
-        average = [(1 + step) / (10 + step) * old + 9 / (10 + step) * new for old, new in zip(average, now)]
-    torch.testing.assert_close(list(model.parameters()), average, atol=1e-6, rtol=1e-5, check_stride=False)
+    average = build_model(final.config).parameters()
+    for step, now in enumerate(models, start=1):
+        kept = (1 + step) / (10 + step)
+        average = [kept * old + (1 - kept) * new for old, new in zip(average, now.parameters())]
+    torch.testing.assert_close(list(final.parameters()), average, atol=1e-6, rtol=1e-5, check_stride=False)
 
 
-def test_the_logged_psnr_is_that_of_the_pictures_and_progress_shows_their_first_column(traced):
-    output = traced[0]
-    sr, earlier, hr = (cells(output / f"{name}.png", 8) for name in ("sr-000020", "sr-000003", "hr-000020"))
-    assert torch.equal(hr[..., 0], DRAW_DIGITS(500, 16, seed=1)[0][:64, 0])
+def test_the_logged_psnr_is_that_of_the_pictures_and_progress_shows_eight_of_them(traced):
+    output, *_ = traced
+    earlier, sr, hr = (cells(output / f"{name}.png", 8) for name in ("sr-000003", "sr-000020", "hr-000020"))
     decibels = -10 * ((sr - hr.float()) / 255).square().mean((1, 2, 3)).log10().mean()
     assert float(log_of(output)[-1]["psnr"]) == pytest.approx(decibels.item(), abs=0.01)
-    progress = torch.stack([earlier[:8], sr[:8], hr[:8]], dim=1).flatten(0, 1)
-    assert torch.equal(cells(output / "progress.png", 3), progress)
+    columns = torch.stack([earlier[:8], sr[:8], hr[:8]], dim=1)
+    assert torch.equal(cells(output / "progress.png", 3), columns.flatten(0, 1))
 
 
-def test_a_regression_in_colour_writes_the_same_grids(tmp_path):
-    output = run(tmp_path, method="regression", channels=3, num_training_steps=1)
-    lr, sr, hr = (cells(output / f"{name}-000001.png", 8)[:8] for name in ("lr", "sr", "hr"))
-    assert torch.equal(cells(output / "refinement-000001.png", 3), torch.stack([lr, sr, hr], dim=1).flatten(0, 1))
+def script(output, data_dir, **settings):
+    """The command of a run in a process of its own, which soon saves."""
+    flags = command(output, "--data_dir", data_dir, **MNIST, **settings)
+    return [sys.executable, str(ROOT / "train_mnist.py"), *flags]
 
 
-def start(output, data_dir, *before, **options):
-    """Starts a run in a process of its own, and returns it when it has saved for the first time."""
-    flags = command(output, "--data_dir", data_dir, dataset="mnist", sample_every=5, num_training_steps=200)
-    process = subprocess.Popen([*before, sys.executable, ROOT / "train_mnist.py", *flags], **options)
-    wait_for(output, process.poll)
-    return process
+def wait_for(path):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def test_a_killed_run_goes_on_bit_for_bit_and_keeps_its_folder_while_it_lives(small_mnist, tmp_path, failure, monkeypatch):
-    killed, settings = tmp_path / "killed", {"dataset": "mnist", "sample_every": 5}
-    process = start(killed, small_mnist)
-    time.sleep(random.random())
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's terminals, locks and /dev/full")
+
+
+@linux
+def test_a_killed_run_goes_on_bit_for_bit_and_keeps_its_folder_while_it_lives(
+    small_mnist, tmp_path, failure, monkeypatch
+):
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(script(killed, small_mnist, num_training_steps=2000))
+    try:
+        wait_for(killed / "checkpoint.pt")
+        time.sleep(random.random())
+        process.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(support.run, "fcntl", pytest.importorskip("fcntl"))
+        assert f"{killed} can't be used (another run writes to it)" in failure(run, killed)
+    finally:
+        process.kill()
+    process.wait()
+    steps = checkpoint_of(killed)["step"] + 6
+    for output, *flags in ((killed, "--resume"), (tmp_path / "whole",)):
+        run(output, "--data_dir", small_mnist, *flags, **MNIST, num_training_steps=steps)
+    assert_same(killed, output)
+
+
+@linux
+def test_a_closed_terminal_ends_a_run_saved(small_mnist, tmp_path):
+    """It sends SIGHUP, and then what the run says of it can't be written."""
+    import pty
+
+    arguments = script(tmp_path, small_mnist, num_training_steps=2000)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, arguments)
+    wait_for(tmp_path / "checkpoint.pt")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
+    assert 4 <= int(log_of(tmp_path)[-1]["step"]) <= checkpoint_of(tmp_path)["step"] < 2000
+
+
+@linux
+def test_under_nohup_a_run_goes_on_to_its_end_when_nothing_it_says_can_be_written(small_mnist, tmp_path):
+    """The reader of its output has gone, and /dev/full is always full."""
+    arguments = ["nohup", *script(tmp_path, small_mnist, num_training_steps=16)]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=full)
+    process.stdout.close()
+    wait_for(tmp_path / "checkpoint.pt")
+    process.send_signal(signal.SIGHUP)
+    assert process.wait() == 0 and checkpoint_of(tmp_path)["step"] == 16
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_run_after_the_step_saved_and_resumed_it_is_as_unbroken(
+    traced, tmp_path, monkeypatch, capsys, name
+):
+    number, output = signal.Signals[name], tmp_path / "output"
+    before = signal.signal(number, signal.SIG_DFL)
+    at_steps(monkeypatch, {7: lambda: signal.raise_signal(number)})
+    with pytest.raises(SystemExit, match=f"^{128 + number}$"):
+        run(output, **SCHEDULE)
+    assert "stopped after step 7; the same command with --resume goes on" in capsys.readouterr().out
+    assert checkpoint_of(output)["step"] == 7
+    run(output, "--resume", **SCHEDULE)
+    signal.signal(number, before)
+    assert_same(output, traced[0])
+
+
+@pytest.mark.parametrize("name", ["log.csv", "checkpoint.pt.tmp"])
+def test_what_cannot_be_written_is_a_line_and_tried_again_and_an_error_at_the_end(
+    traced, tmp_path, monkeypatch, capsys, name
+):
+    """A folder that has the name of a file stands for a full disk: in steps 2 to 9, and again from 17 on."""
+    output, path = tmp_path / "output", tmp_path / "output" / name
+
+    def block():
+        path.unlink(missing_ok=True)
+        path.mkdir()
+
+    at_steps(monkeypatch, {2: block, 10: path.rmdir, 17: block})
+    with pytest.raises(SystemExit, match="^2$"):
+        run(output, **SCHEDULE)
+    reason = f"{output} can't be written to (Is a directory); "
+    lines = capsys.readouterr().err.splitlines()
+    assert reason + "going on" in lines and lines[-1].endswith(reason + "make room, or give another --output_dir")
+    assert checkpoint_of(output)["step"] == (20 if name == "log.csv" else 14)
+    path.rmdir()
+    run(output, "--resume", **SCHEDULE)
+    assert_same(output, traced[0])
+
+
+def test_a_new_run_moves_what_earlier_ones_left_but_not_what_is_the_users(copied):
+    expected = {f"earlier-1/{name}": content for name, content in snapshot(copied).items()} | {"notes.txt": b"mine"}
+    (copied / "notes.txt").write_text("mine")
+    for steps in (1, 2):
+        run(copied, num_training_steps=steps)
+    assert expected.items() <= snapshot(copied).items() and (copied / "earlier-2/sr-000001.png").exists()
+    assert {path.name for path in copied.glob("sr-*")} == {"sr-000002.png"}
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(copied, monkeypatch, failure):
+    forward = SR3.forward
+    monkeypatch.setattr(SR3, "forward", lambda *batch: math.nan * forward(*batch))
+    assert "not finite after step 21: nothing is saved" in failure(run, copied, "--resume", num_training_steps=21)
+
+
+def test_without_mnist_a_new_run_draws_digits_with_a_loud_warning(tmp_path, capsys):
+    run(tmp_path, "--data_dir", tmp_path / "no", dataset="mnist", num_training_steps=1)
+    assert log_of(tmp_path)[0]["dataset"] == checkpoint_of(tmp_path)["config"]["dataset"] == "digits"
+    error = capsys.readouterr().err
+    assert all(words in error for words in ("WARNING", "DRAWN DIGITS", "train-images-idx3", f"{tmp_path}/no/MNIST"))
+
+
+def test_a_resumed_run_has_the_data_that_it_began_with(small_mnist, tmp_path, failure):
+    output, digits = tmp_path / "output", DRAW_DIGITS(70, 28)[0][:, 0]
+    run(output, "--data_dir", small_mnist, **MNIST, num_training_steps=1)
+    write_mnist(tmp_path / "fewer", digits, digits)
+    for data_dir, words in (("no", "mnist can't be downloaded or read"), ("fewer", "can't change its data")):
+        assert words in failure(run, output, "--resume", "--data_dir", tmp_path / data_dir, **MNIST)
+
+
+REFUSED = {
+    "--num_training_steps many": "--num_training_steps: invalid int value: 'many'",
+    "--steps 3": "unrecognized arguments: --steps 3",
+    "--early_samples 5 0": "early_samples is [5, 0]: it must be above 0",
+    "--channels 2": "channels is 2: it must be 1 (grey) or 3 (colour)",
+    "--low_res_size 16": "low_res_size is 16: it must be less than image_size",
+    "--features 12": "features is 12: it must be a multiple of 8",
+    "--num_timesteps 100": "num_timesteps 100: γ_T is 0.61",
+    "--device toaster": "device toaster can't compute here",
+    "--config_path no.toml": "no.toml",
+    "--config_path wrong.toml": "feature is not a setting; the settings are method, ",
+    "--dataset folder --data_dir no": "no; give another --data_dir",
+    "--output_dir wrong.toml": "wrong.toml can't be used (File exists); give another --output_dir",
+    "--output_dir no --resume": "no/checkpoint.pt",
+    "--output_dir damaged --resume": "damaged/checkpoint.pt is no checkpoint to use here",
+    "--resume --features 16": "features is 16, in the checkpoint 8: a resumed run can't change it",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_wrong_input_is_refused_in_a_line_and_leaves_all_files_alone(copied, monkeypatch, failure, flags):
+    monkeypatch.chdir(copied.parent)
+    Path("wrong.toml").write_text("feature = 8")
+    shutil.copytree("output", "damaged")
+    os.truncate("damaged/checkpoint.pt", 99_999)
+    assert REFUSED[flags] in failure(run, "output", *flags.split())
+    assert not Path("no").exists()
+
+
+@pytest.mark.parametrize("error", [TypeError("no argument"), ValueError("too many values")])
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch, error):
+    """Also where it raises what a constructor raises for bad sizes."""
+    monkeypatch.setattr(ResidualBlock, "__init__", raising(error))
+    with pytest.raises(type(error), match=str(error)):
+        run(tmp_path)

@@ -7,7 +7,7 @@ from unet import SelfAttention, Stage, UNet
 
 SETTINGS = {
     "image_channels": 3, "features": 8, "channel_multipliers": [1, 2, 3], "blocks_per_level": 2,
-    "attention_resolutions": [4, 8], "attention_heads": 2, "dropout": 0.0, "image_size": 16,
+    "attention_resolutions": [4, 16], "attention_heads": 2, "dropout": 0.0, "image_size": 16,
 }  # fmt: skip
 INPUTS = x, y_t, gamma = *torch.randn(2, 4, 3, 16, 16), torch.tensor([1e-4, 0.3, 0.6, 1 - 1e-6])
 
@@ -49,7 +49,7 @@ def test_stages_are_joined_to_their_mirror_images_and_attend_at_the_stated_resol
     assert len(calls) == 6 + 1 + 6
     for (stage, _, skip), (_, (joined, _), _) in zip(calls[:6], reversed(calls)):
         assert torch.equal(joined[:, -len(skip[0]) :], skip)
-        assert isinstance(stage.attention, SelfAttention) == (skip.shape[2] in (4, 8))
+        assert isinstance(stage.attention, SelfAttention) == (skip.shape[2] in (4, 16))
 
 
 @pytest.mark.parametrize(
