@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Generators = list[torch.Generator] | None  # one for each image, whose noise is then its own; None: torch's global one
+Generators = list[torch.Generator] | None  # one for each image, so that its noise is its own, or torch's global one
 
 
 def noise_levels(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
@@ -57,20 +57,20 @@ class SR3(nn.Module):
     def predict_noise(self, context: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
         """f_θ(x, y_t, γ) = √(1 - γ) y_t + √γ U(x, y_t, γ), from γ [B]: the noise in y_t, [B, C, H, W] in float32.
 
-        Why not f_θ = U, as in the paper? Equation (10) would divide the error of U by √γ, which is 1/150 at t = T. f_θ
-        as above equals the noise ε exactly when U equals v = √γ ε - √(1 - γ) y_0, and (10) becomes
-        ŷ_0 = √γ y_t - √(1 - γ) U, which amplifies nothing. This is the v-prediction of Salimans and Ho
+        Why not f_θ = U, as in the paper? Equation (10) would divide the error of U by √γ, which is next to nothing
+        when t is near T. f_θ as above equals the noise ε exactly when U equals v = √γ ε - √(1 - γ) y_0, and then (10)
+        is the same as ŷ_0 = √γ y_t - √(1 - γ) U, which amplifies nothing. This is the v-prediction of Salimans and Ho
         (arXiv 2202.00512). U gets y_t in the type of x; the products are float32 even under autocast.
         """
         level = rearrange(gamma, "b -> b 1 1 1")  # each image's γ, to multiply the image by
         return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t.to(context.dtype), gamma).float()
 
     def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
-        """Lines 3 to 5 of Algorithm 1 for a batch of y_0 and x, both [B, C, H, W]: the loss (6) with p = 2, a scalar.
+        """Lines 3 and 4 of Algorithm 1, and the loss of line 5, for a batch of y_0 and x, [B, C, H, W]; a scalar.
 
-        With `loss_weight="1"` it is the paper's, the mean of (f_θ - ε)². Since f_θ - ε = √γ (U - v), with the v of
-        `predict_noise`, that nearly ignores U's errors where γ is small. With "1/gamma" each error is divided by its
-        γ, which leaves (U - v)²: all levels count alike. (Salimans and Ho call this weight "SNR + 1".)
+        With `loss_weight="1"` it is the paper's (6) with p = 2, the mean of (f_θ - ε)². Since f_θ - ε = √γ (U - v),
+        with the v of `predict_noise`, that nearly ignores U's errors where γ is small. With "1/gamma" each squared
+        error is divided by its γ, which leaves (U - v)²: all levels count alike.
         """
         # Line 3: γ ~ p(γ): t uniform in 1…T, then γ uniform between γ_t and γ_{t-1} (section 2.4).
         t = torch.randint(1, len(self.gammas), high_res.shape[:1], device=high_res.device)  # [B]
@@ -79,7 +79,7 @@ class SR3(nn.Module):
         noise = torch.randn(high_res.shape, device=high_res.device)
         level = rearrange(gamma, "b -> b 1 1 1")  # each image's γ, to multiply the image by
         y_t = level.sqrt() * high_res + (1 - level).sqrt() * noise
-        # Line 5: the loss for the gradient step.
+        # Line 5: the loss (6) for the gradient step.
         error = (self.predict_noise(context, y_t, gamma) - noise).square()  # [B, C, H, W]
         return (error / level if self.loss_weight == "1/gamma" else error).mean()
 
@@ -100,18 +100,18 @@ class SR3(nn.Module):
         """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_t that it arrives at and the ŷ_0 at its start.
 
         The last y_t is y_0, the image, in [-1, 1]. A step leads from γ_t to γ_s, the next of the chosen levels, where
-        the paper has t - 1. What differs from the paper: the levels, `look_ahead`, and the variance of (4), where the
-        paper takes 1 - α_t, which leaves grain when steps are few.
+        the paper has t - 1. Four things are not the paper's: which levels there are; the clamp in `estimate`;
+        `look_ahead`; and the variance of (4), where the paper has 1 - α_t. With few steps, that would leave grain.
         """
         y_t, earlier = draw_noise(context, generators), None  # line 1: y_T ~ N(0, I)
         for gamma_t, gamma_s in pairwise(self.levels(steps)):  # line 2: for t = T … 1
             z = draw_noise(context, generators) if gamma_s < 1 else 0  # line 3: z ~ N(0, I), but 0 in the last step
             y_0_hat = self.estimate(context, y_t, gamma_t)  # equation (10)
             y_0_ahead = look_ahead(y_0_hat, gamma_t, gamma_s, earlier)
-            mean, variance = posterior(y_0_ahead, y_t, gamma_t, gamma_s)  # equation (4)
-            y_t = mean + variance**0.5 * z  # line 4: y_{t-1}
+            mean, variance = posterior(y_0_ahead, y_t, gamma_t, gamma_s)  # equation (4); with y_0_hat, (11) is its mean
+            y_t = mean + variance**0.5 * z  # line 4
             yield y_t, y_0_hat
-            earlier = y_0_hat, gamma_t  # line 5: end of the loop; `sample` is line 6
+            earlier = y_0_hat, gamma_t  # for the next step; line 5 ends the loop, and line 6 is `sample`
 
     def estimate(self, context: Tensor, y_t: Tensor, gamma_t: float) -> Tensor:
         """Equation (10): ŷ_0, the image that y_t and its predicted noise amount to, clamped to y_0's range, [-1, 1]."""
@@ -120,27 +120,25 @@ class SR3(nn.Module):
 
 
 def posterior(y_0: Tensor, y_t: Tensor, gamma_t: float, gamma_s: float) -> tuple[Tensor, float]:
-    """Equation (4): the mean, [B, C, H, W], and the variance of y_s given y_0 and y_t, where s is before t.
-
-    (With the unclamped ŷ_0 in the place of y_0, the mean is equation (11).)
-    """
+    """Equation (4): the mean, [B, C, H, W], and the variance of y_s given y_0 and y_t, for γ_s > γ_t."""
     alpha_t = gamma_t / gamma_s  # the α_t of a process that has only these levels
     mean = (gamma_s**0.5 * (1 - alpha_t) * y_0 + alpha_t**0.5 * (1 - gamma_s) * y_t) / (1 - gamma_t)
     return mean, (1 - gamma_s) * (1 - alpha_t) / (1 - gamma_t)
 
 
 def look_ahead(y_0_hat: Tensor, gamma_t: float, gamma_s: float, earlier: tuple[Tensor, float] | None) -> Tensor:
-    """The ŷ_0 that is expected halfway through the step from γ_t to γ_s, from the `earlier` step's ŷ_0 and γ.
+    """The ŷ_0 that is expected halfway through the step from γ_t to γ_s, given the ŷ_0 and the γ of the step before.
 
     Not in the paper. Algorithm 2 takes a step as if ŷ_0 stayed the same, which makes samples too alike when steps are
     large. Here ŷ_0 goes on changing as it did, linearly in log(γ / (1 - γ)): the second-order multistep update of
-    SDE-DPM-Solver++ (Lu et al., arXiv 2211.01095). The first step has no earlier ŷ_0, the last an infinite length.
+    SDE-DPM-Solver++ (Lu et al., arXiv 2211.01095). In the first step, which has none before it, and in the last, whose
+    length in log(γ / (1 - γ)) is infinite, ŷ_0 is returned as it is.
     """
     if earlier is None or gamma_s == 1:
         return y_0_hat
-    y_0_before, gamma_before = earlier
-    before, now, then = (math.log(gamma / (1 - gamma)) for gamma in (gamma_before, gamma_t, gamma_s))
-    return y_0_hat + 0.5 * (then - now) / (now - before) * (y_0_hat - y_0_before)
+    earlier_y_0_hat, earlier_gamma = earlier
+    start, now, end = (math.log(gamma / (1 - gamma)) for gamma in (earlier_gamma, gamma_t, gamma_s))
+    return y_0_hat + 0.5 * (end - now) / (now - start) * (y_0_hat - earlier_y_0_hat)
 
 
 def draw_noise(like: Tensor, generators: Generators) -> Tensor:

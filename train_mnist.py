@@ -6,8 +6,9 @@
     python train_mnist.py --resume
     torchrun --standalone --nproc_per_node=8 train_mnist.py --batch_size 128
 
-Read this script from top to bottom beside the paper (arXiv 2104.07636), then make_pair in utils.py, sr3.py and unet.py.
-All settings and their reasons are in configs/mnist.toml. support/ is needed, but teaches nothing about SR3.
+Read this script from top to bottom beside the paper (arXiv 2104.07636); then make_pair, the first function of utils.py;
+then sr3.py and unet.py. All settings and their reasons are in configs/mnist.toml, and each is a flag, too. support/ is
+needed, but teaches nothing about SR3.
 """
 
 import math
@@ -21,7 +22,7 @@ from metrics import consistency, psnr, ssim
 from support import machine
 from support.data import load_data
 from support.errors import Parser, one_line_errors
-from support.run import PLACE, Run, load_checkpoint
+from support.run import RESUMED, Run, load_checkpoint
 from support.settings import HERE, add_settings, parse_settings
 from utils import build_model, make_pair, picture_of, picture_of_columns, to_unit, upsample
 
@@ -36,29 +37,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output_dir")
     add_settings(parser)
     flags = parser.parse_args(arguments)
-    folder, checkpoint = Path(flags.output_dir), None
-    if flags.resume:
-        checkpoint = load_checkpoint(folder / "checkpoint.pt", ("config", "model", "ema", "optimizer", *PLACE))
+    folder = Path(flags.output_dir)
+    checkpoint = load_checkpoint(folder / "checkpoint.pt", RESUMED) if flags.resume else None
     config = parse_settings(flags, checkpoint and checkpoint["config"])
     device = machine.choose_device(flags.device)
     precision = machine.choose_precision(config.precision, device)
     rank, ranks = machine.join_ranks(device, config.batch_size)  # torchrun starts several processes, 0 to ranks - 1
 
     # 2. Data: all training images on the device (MNIST: 61 MB), and 64 test images for the grids ---------------------
-    # Where MNIST can't be had, a new run takes digits that this lesson draws. The labels are not needed.
+    # If MNIST can't be downloaded, a new run takes digits that this lesson draws. The labels are not needed.
     with machine.first_rank_first(rank, ranks):
         (images, _), (test_images, _) = load_data(config, flags.data_dir, or_digits=checkpoint is None)
-    numbers = [len(images), len(test_images)]
     images, grid_images = images.to(device), test_images[:64].to(device)  # uint8 [N or 64, C, H, W]
 
     # 3. Model: SR3, or the regression baseline ------------------------------------------------------------------------
     torch.manual_seed(config.seed)
     model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     ema = deepcopy(model).eval().requires_grad_(False)  # the moving average of its weights, which makes the samples
-    zero = torch.zeros((), device=device)
-    optimizer = torch.optim.Adam(model.parameters(), zero, fused=True, capturable=device.type == "cuda")
-    run = Run(folder, config, {"model": model, "ema": ema, "optimizer": optimizer}, numbers, checkpoint)
-    rate, share = optimizer.param_groups[0]["lr"], zero.clone()  # tensors: a recorded step reads new values from them
+    rate, share = torch.zeros(2, device=device)  # the learning rate, and each new weight's share in the average
+    optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
+    run = Run(folder, config, {"model": model, "ema": ema, "optimizer": optimizer}, (images, test_images), checkpoint)
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
     print(f"{config.dataset}: {len(images):,} images; {ranks} × {device.type}, {precision}; pictures will be in {folder}")
 
@@ -70,12 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
         # Lines 3 and 4, γ and ε, are in SR3.forward, which returns the loss (6), weighted as `loss_weight` says.
         with machine.autocast(device, precision):
             loss = parallel(high_res, context)
-        # Line 5: a gradient step on that loss.
+        # Line 5: a gradient step on that loss. Clipping the gradient's norm is ours.
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
-        # DDPM, too, samples with an average of its weights; here their mean age is a tenth of the steps so far.
+        # Not in the algorithm, but DDPM does it, too: samples come from an average of the weights.
         for average, weight in zip(ema.parameters(), model.parameters()):
             average.lerp_(weight.detach(), share)
         return loss.detach()
@@ -84,16 +82,16 @@ def main(arguments: list[str] | None = None) -> None:
     for step in run.steps():  # line 1, "until converged": from where a resumed run stopped to num_training_steps
         torch.manual_seed(1_000_000 * config.seed + ranks * step + rank)  # so a resumed run draws what an unbroken one does
         rate.fill_(config.learning_rate * min(1, step / max(1, config.warmup_steps)))
-        share.fill_(9 / (10 + step))
+        share.fill_(9 / (10 + step))  # so the weights in the average are a tenth of the training old
         loss = training_step()
         run.after(loss, lambda: draw(ema, grid_images, precision, run))  # what is due: log, grids, checkpoint
 
 
 def draw(model: nn.Module, images: Tensor, precision: str, run: Run) -> dict[str, Tensor]:
-    """Draws the same images from the same noise each time, and returns their metrics, the last columns of the log.
+    """Super-resolves the same images from the same noise each time, writes grids, and returns metrics for the log.
 
-    Grids: hr, the targets; lr, the inputs; sr, the results; refinement, the estimates ŷ_0 at up to six levels;
-    progress, the results after fewer steps, too. After the last training step comes an animation of the refinement.
+    Grids: hr, the targets; lr, the inputs; sr, the results; refinement, the estimates ŷ_0 at up to six noise levels;
+    progress, the results after fewer training steps beside today's.
     """
     config, step = run.config, run.step
     high_res, low_res, context = make_pair(images, config.low_res_size)  # [64, C, H or h, W or w]
@@ -105,24 +103,16 @@ def draw(model: nn.Module, images: Tensor, precision: str, run: Run) -> dict[str
     for name, grid in (("hr", truth), ("lr", pixels), ("sr", result)):
         picture_of(grid, columns=8).save(run.folder / f"{name}-{step:06d}.png")
 
-    # Of eight images: the refinement, from left to right, and as an animation.
-    ends = {"result": result[:8], "truth": truth[:8]}
+    # Of the first eight images, the refinement from left to right. A regression has no steps to show.
     columns = {"input": pixels[:8]}
-    if config.method == "sr3":  # a regression has no steps to show
+    if config.method == "sr3":
         levels = model.levels(config.sampling_steps)
         for i in range(0, len(states), math.ceil(len(states) / 6)):
             columns[f"gamma\n{levels[i]:.2g}"] = to_unit(states[i][1][:8]).cpu()
-        if step == config.num_training_steps:
-            frames = []
-            for y_t, y_0_hat in states:
-                shown = {"estimate": to_unit(y_0_hat[:8]).cpu(), "noisy": to_unit(y_t[:8]).cpu()}
-                frames.append(picture_of_columns({"input": pixels[:8]} | shown))
-            pauses = [200] * (len(frames) - 1) + [3000]  # milliseconds
-            path = run.folder / "refinement.gif"
-            frames[0].save(path, save_all=True, append_images=frames[1:], duration=pauses, loop=0)
-    picture_of_columns(columns | ends).save(run.folder / f"refinement-{step:06d}.png")
+    columns |= {"result": result[:8], "truth": truth[:8]}
+    picture_of_columns(columns).save(run.folder / f"refinement-{step:06d}.png")
 
-    # The results of the same eight after fewer steps, each time about half as many.
+    # Their results so far; from column to column at least twice the training steps.
     run.samples[step] = (255 * result[:8]).round().byte()
     chosen = [step]
     for earlier in sorted(run.samples, reverse=True):

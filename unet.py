@@ -2,7 +2,7 @@
 
 It sees the low-resolution image x, enlarged to the target size, beside the noisy image y_t, and is told the noise level
 γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U, which
-works at several scales: scale 0 is the image's resolution, and each further scale halves it. In blocks, x is any input.
+works at several scales: scale 0 is the image's resolution, and each further scale halves it.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-GROUPS = 8  # of every GroupNorm; DDPM's 32 would not divide 16 features
+GROUPS = 8  # of every GroupNorm; DDPM's 32 would be too many for as few channels as 16
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
@@ -27,7 +27,7 @@ class ResidualBlock(nn.Module):
 
     GroupNorm, SiLU, 3×3 convolution, twice: [B, in_channels, H, W] -> [B, out_channels, H', W'], where H' is H, or
     H / 2 (`resample="down"`), or 2 H (`"up"`). The noise level, embedded as [B, embedding_dim], scales and shifts the
-    second norm (DDPM only adds it).
+    second norm (DDPM only adds it to the channels).
     """
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float, resample: str):
@@ -41,12 +41,12 @@ class ResidualBlock(nn.Module):
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))  # [B, out_channels, H', W']
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        branch = self.conv1(self.resample(F.silu(self.norm1(h))))  # [B, out_channels, H', W']
         scale, shift = rearrange(self.scale_shift(embedding), "b (two c) -> two b c 1 1", two=2)
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)
-        h = self.conv2(self.dropout(h))
-        return (self.skip(self.resample(x)) + h) * math.sqrt(0.5)
+        branch = F.silu(self.norm2(branch) * (1 + scale) + shift)
+        branch = self.conv2(self.dropout(branch))
+        return (self.skip(self.resample(h)) + branch) * math.sqrt(0.5)
 
 
 class SelfAttention(nn.Module):
@@ -59,11 +59,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
-        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H · W, C / heads]
-        h = rearrange(h, "b n (h w) c -> b (n c) h w", h=x.shape[2])
-        return (x + self.out(h)) * math.sqrt(0.5)
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm(h)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
+        branch = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H · W, C / heads]
+        branch = rearrange(branch, "b n (h w) c -> b (n c) h w", h=h.shape[2])
+        return (h + self.out(branch)) * math.sqrt(0.5)
 
 
 class Stage(nn.Module):
@@ -76,8 +76,8 @@ class Stage(nn.Module):
         super().__init__()
         self.block, self.attention = block, attention
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.attention(self.block(x, embedding))
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.block(h, embedding))
 
 
 class UNet(nn.Module):

@@ -28,8 +28,8 @@ from unet import UNet
 def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Makes y_0 [B, C, H, W], the low-resolution image [B, C, h, w] and x [B, C, H, W], all in [-1, 1].
 
-    `images` are uint8 in 0…255; h and w are `low_res_size`. Both resamplings are clamped where they overshoot, so x is
-    what a picture file can hold.
+    `images` are uint8 in 0…255; h and w are `low_res_size`. Both resamplings are clamped where they overshoot, so x
+    stays within a picture's range.
     """
     high_res = to_signed(images)
     low_res = downsample(high_res, low_res_size)
@@ -128,7 +128,7 @@ def picture_of(images: Tensor, columns: int, scale: int = 2, labels: list[str] |
         picture = ImageOps.expand(picture, (0, 16 * lines, 0, 0), "white")
         cell, font = scale * (images.shape[-1] + 2), ImageFont.load_default(12)
         for i, label in enumerate(labels):
-            centre = (cell * (i + 0.5) + scale, 1)  # the line's 16 pixels hold descenders, too
+            centre = (cell * (i + 0.5) + scale, 1)
             ImageDraw.Draw(picture).multiline_text(centre, label, "black", font, anchor="ma", align="center")
     return picture
 

@@ -25,8 +25,9 @@ except ImportError:  # on Windows, where nothing keeps two runs out of one folde
 BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
 LOG_EVERY = 100  # steps between two rows of the log
 COLUMNS = ["dataset", "step", "loss", "learning_rate", "psnr", "ssim", "consistency"]  # of the log
-RESULTS = ["checkpoint.pt", "log.csv", "progress.png", "refinement*", "[hls]r-*.png", "results.md", "comparison.png"]
+RESULTS = ["checkpoint.pt", "log.csv", "progress.png", "refinement-*.png", "[hls]r-*.png", "results.md", "comparison.png"]
 PLACE = ("images", "step", "log", "samples", "losses")  # what a checkpoint tells of where a run is
+RESUMED = ("config", "model", "ema", "optimizer", *PLACE)  # what a run needs to go on
 
 
 def load_checkpoint(path: str | Path, parts: tuple[str, ...] = ("config", "step", "ema")) -> dict:
@@ -50,22 +51,25 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 class Run:
     """A run in its folder: `steps` goes through the training, `after` writes what is due after a step.
 
-    `parts` are the modules and the optimizer that a checkpoint keeps, and `images` the numbers of images for training
-    and testing. `samples` are the first eight samples of each grid, by step. A run that doesn't go on from a checkpoint
+    `parts` are the modules and the optimizer that a checkpoint keeps, `data` the images for training and for testing,
+    whose numbers it keeps. `samples` are the first eight samples of each grid, by step. A run that doesn't go on from a checkpoint
     moves the files of an earlier one to a folder earlier-1, earlier-2, …. Raises InputError where another run is in the
     folder, or the checkpoint is of other images. Of several ranks only the first writes.
     """
 
-    def __init__(self, folder: Path, config: SimpleNamespace, parts: dict, images: list[int], checkpoint: dict | None):
+    def __init__(self, folder: Path, config: SimpleNamespace, parts: dict, data: tuple, checkpoint: dict | None):
         self.folder, self.config, self.parts = folder, config, parts
         self.signal, self.stopped = None, False
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
+        images = [len(part) for part in data]
         place = checkpoint or {"images": images, "step": 0, "log": [], "samples": {}, "losses": []}
         self.images, self.step, self.log, self.samples, self.losses = (place[name] for name in PLACE)
         if images != self.images:
             raise InputError(f"there are {images} images, not {self.images}: a resumed run can't change its data")
+        options = parts["optimizer"].param_groups  # a run's own
         for name, part in parts.items() if checkpoint else ():
-            part.load_state_dict(part.state_dict() | checkpoint[name])
+            part.load_state_dict(checkpoint[name])
+        parts["optimizer"].param_groups = options
         if self.is_first:
             self.take_folder(moving=not checkpoint)
 
@@ -160,8 +164,7 @@ class Run:
             writer.writerows(self.log)
 
     def save(self) -> None:
-        """Writes the checkpoint. Of the optimizer it keeps the state alone: its options are a run's own."""
+        """Writes the checkpoint."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        states["optimizer"].pop("param_groups")
         place = {name: getattr(self, name) for name in PLACE}
         save_checkpoint(self.folder / "checkpoint.pt", {"config": vars(self.config), **place, **states})
