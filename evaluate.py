@@ -13,11 +13,6 @@ the table tell, of samples that agree with a certain share of those for the same
 import re
 from pathlib import Path
 
-from support.data import load_data
-from support.errors import InputError, Parser, one_line_errors
-from support.machine import choose_device
-from support.settings import HERE, check, positive
-
 import torch
 from torch import Tensor
 
@@ -25,6 +20,10 @@ from metrics import (
     accuracy, calibration, color_shift, consistency, fool_rate, frechet_distance, predict, psnr, squared_difference,
     ssim, train_classifier, train_guesser,
 )  # fmt: skip
+from support.data import load_data
+from support.errors import InputError, Parser, one_line_errors
+from support.machine import choose_device
+from support.settings import HERE, check, positive
 from utils import load_model, make_pair, picture_of_columns, super_resolve, to_unit, upsample
 
 

@@ -8,15 +8,15 @@ what the digit is, and which of two images is real. The paper asked a ResNet-50 
 from contextlib import suppress
 from itertools import pairwise
 
-from support.errors import InputError
-from support.machine import choose_layout
-from support.run import load_checkpoint, save_checkpoint
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import MLP
 from torchvision.transforms.functional import gaussian_blur
+
+from support.errors import InputError
+from support.machine import choose_layout
+from support.run import load_checkpoint, save_checkpoint
 
 
 def squared_difference(images: Tensor, others: Tensor) -> Tensor:
@@ -84,9 +84,10 @@ def calibration(classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     of their bin's |share - how often|. A regression is always sure, so its error is 1 - accuracy. A perfect sampler's
     is above 0, too, as its shares are those of K samples and its frequencies those of N images: compare with it.
     """
-    share = (classes[:, :, None] == classes[:, None]).sum(dim=2).flatten() / classes.shape[1]  # [N · K]
+    agreeing = (classes[:, :, None] == classes[:, None]).sum(dim=2).flatten()  # of the K, with each sample; [N · K]
+    share = agreeing / classes.shape[1]
     right = (classes == labels[:, None]).float().flatten()
-    members = F.one_hot((10 * share).long(), 11).float()  # [N · K, 11]
+    members = F.one_hot(10 * agreeing // classes.shape[1], 11).float()  # [N · K, 11]
     number = members.sum(dim=0)
     bins = torch.stack([share @ members / number, right @ members / number, number], dim=1)[number > 0]
     return ((share - right) @ members).abs().sum() / len(share), bins

@@ -25,7 +25,8 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name or found)
         if device.type == "cuda":
-            torch.cuda.set_device(int(rank or device.index or 0))
+            device = torch.device("cuda", int(rank or device.index or 0))
+            torch.cuda.set_device(device)
         torch.ones(1, device=device).sum().item()  # fails on a GPU that is too old for this PyTorch
         return device
     except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError

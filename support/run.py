@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import os
 import signal
 import sys
@@ -24,14 +23,13 @@ except ImportError:  # on Windows, where nothing keeps two runs out of one folde
 
 BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
 LOG_EVERY = 100  # steps between two rows of the log
-COLUMNS = ["dataset", "step", "loss", "learning_rate", "psnr", "ssim", "consistency"]  # of the log
 RESULTS = ["checkpoint.pt", "log.csv", "progress.png", "refinement-*.png", "[hls]r-*.png", "results.md", "comparison.png"]
 PLACE = ("images", "step", "log", "samples", "losses")  # what a checkpoint tells of where a run is
 RESUMED = ("config", "model", "ema", "optimizer", *PLACE)  # what a run needs to go on
 
 
 def load_checkpoint(path: str | Path, parts: tuple[str, ...] = ("config", "step", "ema")) -> dict:
-    """These parts of what `save_checkpoint` wrote, on the CPU. Raises InputError for a file that lacks one of them."""
+    """These parts of what `save_checkpoint` wrote, on the CPU. Raises InputError where they can't be had."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {part: checkpoint[part] for part in parts}
@@ -59,7 +57,7 @@ class Run:
 
     def __init__(self, folder: Path, config: SimpleNamespace, parts: dict, data: tuple, checkpoint: dict | None):
         self.folder, self.config, self.parts = folder, config, parts
-        self.signal, self.stopped = None, False
+        self.received, self.stopped = None, False  # a signal; and whether it has ended the run
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         images = [len(part) for part in data]
         place = checkpoint or {"images": images, "step": 0, "log": [], "samples": {}, "losses": []}
@@ -93,7 +91,7 @@ class Run:
             raise InputError(f"{self.folder} can't be used ({reason}); give another --output_dir") from None
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, with a bar. Ctrl-C, SIGTERM or SIGHUP end them after a step, which is saved."""
+        """The steps that are left, with a bar. Ctrl-C, SIGTERM or SIGHUP end the script after a step, which is saved."""
         handlers = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
@@ -103,19 +101,21 @@ class Run:
         last = self.config.num_training_steps
         left = range(self.step + 1, last + 1)
         self.bar = tqdm(left, initial=self.step, total=last, unit="step", dynamic_ncols=True, disable=not self.is_first)
-        for self.step in self.bar:
-            yield self.step
-            if self.stopped:
-                break
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            for self.step in self.bar:
+                yield self.step
+                if self.stopped:
+                    break
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if self.stopped:
             print(f"stopped after step {self.step}; the same command with --resume goes on from there")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + self.received)
         print(f"all {self.step} steps are done; to judge the model: python evaluate.py {self.folder / 'checkpoint.pt'}")
 
     def receive(self, number: int, _) -> None:
-        self.signal = number
+        self.received = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the script at once
 
     def after(self, loss: Tensor, draw: Callable[[], dict]) -> None:
@@ -131,7 +131,7 @@ class Run:
         is_last = step == config.num_training_steps
         is_grid = is_last or step % config.sample_every == 0 or step in config.early_samples
         is_row = is_grid or step % LOG_EVERY == 0
-        self.stopped = self.signal is not None and not is_last
+        self.stopped = self.received is not None and not is_last
         if step % BAR_EVERY == 0:
             self.bar.set_postfix_str(f"loss {loss.item():.4f}")
         if not (is_row or self.stopped):
@@ -159,7 +159,8 @@ class Run:
 
     def write_log(self) -> None:
         with open(self.folder / "log.csv", "w") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            columns = dict.fromkeys(name for row in self.log for name in row)  # of all rows, without repetition
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.log)
 

@@ -48,7 +48,7 @@ def add_settings(parser: Parser) -> None:
         options = {"type": type(default), "choices": CHOICES.get(name), "default": argparse.SUPPRESS}
         if isinstance(default, list):
             options |= {"type": int, "nargs": "*"}
-        parser.add_argument(f"--{name}", help=f"{comments[name]}; default: {default}".replace("%", "%%"), **options)
+        parser.add_argument(f"--{name}", help=f"{comments.get(name)}; default: {default}".replace("%", "%%"), **options)
 
 
 def parse_settings(flags: argparse.Namespace, resumed: dict | None = None) -> SimpleNamespace:

@@ -50,14 +50,6 @@ support.run.fcntl = None  # a folder is locked until the process ends, which for
 urllib.request.urlopen = raising(urllib.request.URLError("no network in tests"))
 
 
-@pytest.fixture
-def all_cores():
-    """For tests that compute as much as a user's run."""
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(1)
-
-
 def write_mnist(data_dir, train, test, name="MNIST"):
     """Writes uint8 images [N, 28, 28] as MNIST's files; image i has the label i modulo 10."""
     raw = data_dir / name / "raw"
@@ -86,9 +78,7 @@ def command(output, *flags, **settings):
 
 def call(script, *arguments):
     """A script, given as its module, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py"])
-        script.main([*map(str, arguments)])
+    script.main([*map(str, arguments)])
 
 
 def run(output, *flags, **settings):
@@ -105,7 +95,7 @@ def failure(tmp_path, capsys):
         before = snapshot(tmp_path)
         with pytest.raises(SystemExit, match="^2$"):
             function(*arguments, **options)
-        (line,) = re.findall(r"\w+\.py: (.+)", capsys.readouterr().err)
+        (line,) = re.findall(f"{Path(sys.argv[0]).name}: (.+)", capsys.readouterr().err)
         assert snapshot(tmp_path) == before
         return line
 

@@ -9,7 +9,6 @@ from conftest import log_of, run
 import support.run
 from sr3 import SR3
 from support import machine
-from utils import load_model, super_resolve
 
 REASON = "no CUDA device, or a hidden one: the tests hide GPUs unless CUDA_VISIBLE_DEVICES is set"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=REASON)
@@ -53,14 +52,6 @@ def test_a_step_that_cannot_be_recorded_goes_on_as_it_is_with_one_line(capsys):
     for _ in range(6):
         torch.manual_seed(0)
         loss = recorded()
-    expected = torch.rand(4, device=CUDA, generator=torch.Generator(CUDA).manual_seed(0))
-    torch.testing.assert_close(weight, 6 * expected)
+    torch.manual_seed(0)
+    torch.testing.assert_close(weight, 6 * torch.rand(4, device=CUDA))
     assert len(capsys.readouterr().err.strip().splitlines()) == 1 and torch.equal(loss, weight.sum())
-
-
-def test_samples_are_those_of_a_cpu(tmp_path):
-    path = run(tmp_path) / "checkpoint.pt"
-    low_res = torch.rand(600, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    cpu = super_resolve(load_model(path), low_res, range(600))
-    gpu = super_resolve(load_model(path, CUDA), low_res.to(CUDA), range(600)).cpu()
-    assert (cpu - gpu).abs().mean() < 0.01  # in [0, 1]

@@ -47,12 +47,3 @@ def test_what_several_ranks_cannot_do_is_refused(monkeypatch):
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
     with pytest.raises(InputError, match="batch_size is 3: 2 ranks don't divide it"):
         machine.join_ranks(torch.device("cpu"), batch_size=3)
-
-
-def test_the_first_rank_downloads_before_the_others_look(monkeypatch):
-    events = []
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("barrier"))
-    for rank in range(2):
-        with machine.first_rank_first(rank, 2):
-            events.append("load")
-    assert events == ["load", "barrier", "barrier", "load"]

@@ -38,10 +38,9 @@ def generators(*seeds):
 
 
 def test_gamma_t_is_the_product_of_the_alphas_and_next_to_nothing_at_T():
-    assert MODEL.schedule == pytest.approx(GAMMAS)
-    assert MODEL.gammas.tolist() == pytest.approx(GAMMAS)
-    for schedule in ((T, 1e-6, 0.5), (500, 1e-6, 1e-2), (T, 0.0, 1e-2)):
-        with pytest.raises(ValueError, match=f"beta_end {schedule[2]}.* between 1e-8 and 0.01"):
+    assert MODEL.schedule == pytest.approx(GAMMAS) == MODEL.gammas.tolist()
+    for schedule in ((T, 1e-6, 0.5), (500, 1e-6, 1e-2)):
+        with pytest.raises(ValueError, match="between 1e-8 and 0.01"):
             SR3(None, *schedule)
 
 
@@ -53,8 +52,7 @@ def test_the_loss_is_equation_6_and_divided_by_gamma_the_error_of_v(monkeypatch,
     loss = SR3(lambda *inputs: given.extend(inputs) or u, loss_weight=weight)(y_0, x)
     gamma = given[2].double().view(-1, 1, 1, 1)
     noisy = mix(y_0, noise, gamma)
-    assert given[0] is x
-    assert_close(given[1], noisy)
+    assert_close(given[:2], [x, noisy])
     error = mix(u, noisy, gamma) - noise if weight == "1" else u - mix(noise, -y_0, gamma)
     assert_close(loss, error.square().mean())
 
@@ -87,10 +85,7 @@ def test_the_posterior_is_bayes_rule_and_with_equation_10_its_mean_is_equation_1
 
 def test_the_levels_are_those_at_T_times_i_over_steps_to_the_power_of_one_and_a_half():
     assert MODEL.levels(4) == pytest.approx([GAMMAS[t] for t in (T, 1299, 707, 250, 0)])
-    for steps in (1, 10, 999, T):
-        levels = MODEL.levels(steps)
-        assert levels == sorted(set(levels)) and len(levels) == steps + 1
-        assert (levels[0], levels[-1]) == pytest.approx((GAMMAS[T], 1))
+    assert MODEL.levels(T) == pytest.approx(GAMMAS[::-1])  # all of them
     for steps in (0, T + 1):
         with pytest.raises(ValueError, match=f"steps is {steps}: .* from 1 to {T}"):
             MODEL.levels(steps)
@@ -111,25 +106,23 @@ def test_the_steps_are_those_of_sde_dpm_solver_2m():
     assert_close(y, expected)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 300])
-def test_a_perfect_network_gives_y_0_back_from_any_noise(steps):
-    """Clamped."""
+@pytest.mark.parametrize("steps", [1, 10])
+def test_a_perfect_network_gives_y_0_back_clamped(steps):
     y_0 = torch.linspace(-2, 2, 192).view(3, 1, 8, 8)
     assert_close(sample(SR3(knowing(y_0)), y_0, steps), y_0.clamp(-1, 1))
 
 
-def test_a_sample_is_the_last_state_and_depends_on_its_own_seed_only():
+def test_a_sample_depends_on_its_own_input_and_seed_only():
     """30 × 30 pixels are no multiple of 16: torch draws the last 16 numbers of a tensor anew there."""
-    x = torch.rand(3, 1, 30, 30)
-    *_, (together, _) = MODEL.refine(x, 4, generators(7, 8, 7))
-    for image, seed, expected in zip(x, (7, 8, 7), together):
-        assert torch.equal(sample(MODEL, image[None], 4, generators(seed))[0], expected)
+    x, seeds = torch.rand(3, 1, 30, 30), (7, 8, 7)
+    together = sample(MODEL, x, 4, generators(*seeds))
+    alone = [sample(MODEL, image[None], 4, generators(seed)) for image, seed in zip(x, seeds)]
+    assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(*sample(MODEL, x[[0, 0]], 4, generators(7, 8)))
 
 
 def test_regression_learns_by_squared_error_and_its_one_answer_is_clamped():
-    model = Regression(lambda x, y_t, gamma: 1.5 * x + y_t + gamma.view(-1, 1, 1, 1) - 1)  # U(x, 0, 1) = 1.5 x
+    model = Regression(lambda x, y_t, gamma: x + y_t + gamma.view(-1, 1, 1, 1))  # U(x, 0, 1) = x + 1
     x, y_0 = torch.rand(2, 4, 3, 8, 8) * 2 - 1
-    assert_close(model(y_0, x), (1.5 * x - y_0).square().mean())
-    expected = (1.5 * x).clamp(-1, 1)
-    assert_close([*model.refine(x, 7), sample(model, x, 25)], [(expected, expected), expected])
+    assert_close(model(y_0, x), (x + 1 - y_0).square().mean())
+    assert_close(sample(model, x, 25), (x + 1).clamp(-1, 1))
