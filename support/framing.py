@@ -3,12 +3,11 @@
 Those are white on black, fill a box of 20 of the picture's 28 pixels, and have their centre of mass in its middle.
 """
 
-import math
 import sys
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
@@ -21,113 +20,89 @@ MIDDLE = 14.2 / 28  # of the side: MNIST's centres of mass lie between 14 and 15
 def frame_digit(picture: Image.Image, size: int, name: str) -> Tensor:
     """From a grey picture of any size the framed one, uint8 [1, 1, size, size]: white ink on black.
 
-    A dark digit on a light ground is inverted, with a line on stderr that begins with the picture's name. Shadows
-    and grey levels are evened out, specks erased, very thin or thick strokes brought near MNIST's. Raises InputError
-    where nothing stands out from an even ground.
+    A dark digit on a light ground is inverted, with a line on stderr that begins with the picture's name. Shadows are
+    evened out, specks and what touches the border are erased, very thin or thick strokes are brought near MNIST's.
+    Raises InputError where what is left is more than one thing, or has a shape that MNIST's digits don't have.
     """
-    picture = picture.copy()
-    picture.thumbnail((1024, 1024))  # more pixels would only take more time
-    ink, is_light = find_ink(TF.to_tensor(picture)[0], name)  # [H, W]
-    ink = fit_pen(erase_specks(ink))
-    longer = longer_side(ink)
-    if longer < 5:
-        raise InputError(f"{name} shows no digit, only specks; give another picture, or --as_is")
-    if is_light:
+    picture = ImageOps.contain(picture, (256, 256))  # more pixels would only take more time
+    digit, is_dark = find_digit(picture, name)
+    if is_dark:
         print(f"{name} has a light ground: inverted to white on black", file=sys.stderr)
-    # The square that becomes the picture; it may reach beyond the canvas, so that gets a margin.
-    side = longer / BOX
-    margin = math.ceil(side)
-    left = margin + centre_of_mass(ink.sum(dim=0)) - MIDDLE * side
-    top = margin + centre_of_mass(ink.sum(dim=1)) - MIDDLE * side
-    canvas = ImageOps.expand(TF.to_pil_image(ink), margin)
-    square = (left, top, left + side, top + side)
-    framed = TF.to_tensor(canvas.resize((size, size), Image.Resampling.BICUBIC, square))  # [1, size, size]
-    enlarged = size / side
-    if enlarged > 1.5:  # few pixels became many: edges get as steep as MNIST's again
-        framed = (framed - 0.5) * enlarged / 1.5 + 0.5
-    framed = framed / framed.max()
-    return (255 * framed.clamp(0, 1)).round().byte()[None]
+    inked = (digit > 0.5).nonzero().float()
+    longer = (inked.amax(0) - inked.amin(0)).max() + 1
+    side = round(longer.item() / BOX)  # of the square that becomes the picture; it may reach beyond the digit's
+    top, left = (inked.mean(0) - MIDDLE * side).ceil().int().tolist()
+    return (255 * TF.resized_crop(digit[None], top, left, side, side, (size, size))).round().byte()[None]
 
 
-def find_ink(levels: Tensor, name: str) -> tuple[Tensor, bool]:
-    """From grey levels, [H, W] in 0…1, the ink of each pixel, from 0 for the ground to 1; and whether it was dark.
+def find_digit(picture: Image.Image, name: str) -> tuple[Tensor, Tensor]:
+    """The digit in a picture, as `fit_digit` returns it, and whether its ink is dark.
 
-    The ground is a smooth surface of second order in x and y, so that a shadow is no ink. It is fitted to the border at
-    first, where ink is rare, then to all pixels that lie near the surface.
+    Ink that fills the picture is all there is, on a ground of one level. Otherwise the ground is the median of what
+    lies around each pixel, and ink that is joined to the border by ink as strong is none of the digit's.
     """
-    height, width = levels.shape
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1)  # [H, W, 6]
-    margin = 1 + min(height, width) // 20
-    border = torch.ones_like(levels, dtype=torch.bool)
-    border[margin:-margin, margin:-margin] = False
-    ground = border & ((levels - levels[border].median()).abs() < 0.25)
-    for _ in range(6):
-        known = terms[ground]  # [pixels, 6]
-        weights = torch.linalg.pinv(known.T @ known) @ (known.T @ levels[ground])  # least squares
-        difference = levels - terms @ weights
-        noise = 1.5 * difference[ground].abs().median()  # about the standard deviation of the paper's grain
-        ground = difference.abs() <= (3 * noise).clamp(min=0.02)
-    if ground[border].float().mean() < 2 / 3:
-        raise InputError(f"{name} has no even ground around a digit (a hard shadow?); give another picture, or --as_is")
-    is_light = bool(difference[~ground].sum() < 0)
-    strength = (-difference if is_light else difference).clamp(min=0)
-    pen = strength[~ground].square().sum() / strength[~ground].sum()  # a mean in which ink counts, and its halo hardly
-    if not pen > max(0.06, 5 * noise):  # without any ink it is not a number
-        raise InputError(f"{name} shows no digit that stands out from its ground; give another picture, or --as_is")
-    white, black = strength[strength > pen / 2].quantile(0.8), 3 * noise
-    return ((strength - black) / (white - black)).clamp(0, 1), is_light
+    levels = TF.to_tensor(picture)[0]  # [H, W] in 0…1
+    small = TF.pad(picture.resize((48, 48)), 17, padding_mode="reflect")
+    # Three quarters of the picture wide: smaller ones follow a sheet that lies on a desk, larger ones miss shadows.
+    around = TF.center_crop(small.filter(ImageFilter.MedianFilter(35)), 48).resize(picture.size)
+    for ground in (levels.median(), TF.to_tensor(around)[0]):
+        inks = torch.stack([levels - ground, ground - levels]).clamp(min=0)  # [2, H, W]: light and dark
+        if ground.ndim:
+            border = inks.clone()
+            border[:, 1:-1, 1:-1] = 0
+            inks = inks - flood(border, inks)
+        is_dark = inks.square().sum((1, 2)).argmax()
+        ink = inks[is_dark]
+        ink = (ink / ink.quantile(0.998).clamp(min=0.06)).clamp(max=1)
+        reached = min(ink.amax(dim).mean() for dim in (0, 1))  # by the digit: of the columns, of the rows
+        if ground.ndim or reached > 0.8 and ink[[0, -1]].mean() < 0.6:  # but no frame
+            digit = fit_digit(ink)
+            if digit is not None:
+                return digit, is_dark
+    raise InputError(
+        f"{name} shows no single digit on an even ground: crop it, or draw it white on black; --as_is takes it as it is"
+    )
 
 
-def erase_specks(ink: Tensor) -> Tensor:
-    """Erases the connected parts of [H, W] that have less than a thirtieth of the ink of the largest one."""
-    cell = math.ceil(max(ink.shape) / 128)  # pixels: parts are told apart on a coarse grid
-    has_ink = F.max_pool2d(ink[None, None], cell, ceil_mode=True) > 0.3
-    amount = F.avg_pool2d(ink[None, None], cell, ceil_mode=True)
-    numbers = torch.arange(1.0, 1 + has_ink.numel()).view(has_ink.shape) * has_ink
-    previous = torch.zeros_like(numbers)
-    while not torch.equal(numbers, previous):  # each cell takes its neighbours' largest number until a part has one
-        previous = numbers
-        numbers = F.max_pool2d(numbers, 3, stride=1, padding=1) * has_ink
-    numbers = numbers.long()
-    amounts = torch.bincount(numbers.flatten(), amount.flatten())  # of each part
-    amounts[0] = 0  # no part
-    kept = (amounts[numbers] > amounts.max() / 30).float()[0, 0]
-    kept = largest_within(kept, 1)  # with its soft edges
-    kept = kept.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-    return ink * kept[: ink.shape[0], : ink.shape[1]]
+def fit_digit(ink: Tensor) -> Tensor | None:
+    """Of ink, [H, W] in 0…1, the digit, [120, 120], with a pen as MNIST's; None where it is no single digit.
+
+    The longer side of its box has 80 pixels before the pen is changed. The limits are those of MNIST's test digits, of
+    which about one in a hundred is beyond: more than one part, too wide, too much ink, too short or long a line.
+    """
+    wide = largest_within((ink > 0.35).float(), 3)  # so that small gaps part nothing
+    numbers = torch.arange(1.0, 1 + ink.numel()).view(ink.shape) * wide
+    numbers = flood(numbers, numbers.max() * wide).long()  # each part has the largest number in it
+    amounts = torch.bincount(numbers.flatten(), ink.flatten(), minlength=2)
+    amounts[0] = 0  # the ground
+    largest, second = amounts.topk(2).values
+    ink = ink * (numbers == amounts.argmax())  # without specks
+    inked = (ink >= ink.max() / 3).nonzero()
+    first, last = inked.amin(0), inked.amax(0)
+    height, width = (last - first + 1).tolist()
+    longer = max(height, width)
+    top, left = (first - longer // 4).tolist()
+    side = longer * 3 // 2
+    digit = TF.resized_crop(ink[None], top, left, side, side, (120, 120))[0]
+    digit = (2 * digit / digit.max() - 0.5).clamp(0, 1)  # edges as steep as a pen's
+    edges = digit.diff(dim=0).abs().sum() + digit.diff(dim=1).abs().sum()
+    pen = 2.54 * digit.sum() / edges  # pixels: a line has two edges, and |dx| + |dy| is 1.27 lengths on average
+    area, length = digit.sum(), digit.sum() / pen
+    if second >= largest / 12 or width > 1.5 * height or area > 2700 or not 60 < length < 270:
+        return None
+    reach = round((pen.clamp(7, 14) - pen).item() / 2)  # eight of ten of MNIST's are so wide; the median is 10
+    return largest_within(digit, reach) if reach > 0 else -largest_within(-digit, -reach)
 
 
-def fit_pen(ink: Tensor) -> Tensor:
-    """Makes the pen on [H, W] wider or narrower where its width is not usual in MNIST."""
-    padded = F.pad(ink, (1, 1, 1, 1))
-    edges = padded.diff(dim=0).abs().sum() + padded.diff(dim=1).abs().sum()
-    pen = 2.54 * ink.sum() / edges  # pixels: a line has two edges, and |dx| + |dy| is 1.27 lengths on average
-    longer = longer_side(ink)
-    usual = pen.clamp(0.09 * longer, 0.17 * longer)  # so are eight of ten of MNIST's; the median is 0.12
-    reach = round((usual - pen).item() / 2)
-    if reach < 0:
-        return -largest_within(-ink, -reach)
-    return largest_within(ink, reach)
+def flood(image: Tensor, limit: Tensor) -> Tensor:
+    """Lets the values of [N, H, W] spread to their neighbours, below the limit, until nothing changes."""
+    previous = image - 1
+    while (image - previous).max() > 0.01:
+        previous = image
+        image = torch.minimum(largest_within(image, 1), limit)
+    return image
 
 
 def largest_within(image: Tensor, reach: int) -> Tensor:
     """The largest value of [H, W] around each pixel, in a square of 2 · reach + 1 pixels."""
-    width = 2 * reach + 1
-    image = F.max_pool2d(image[None], (width, 1), stride=1, padding=(reach, 0))
-    return F.max_pool2d(image, (1, width), stride=1, padding=(0, reach))[0]
-
-
-def longer_side(ink: Tensor) -> int:
-    """The longer side of the box around the ink of [H, W], in pixels."""
-    sides = []
-    for dim in (0, 1):
-        inked = (ink.amax(dim) > 0.3).nonzero()
-        sides.append((inked[-1] - inked[0]).item() + 1)
-    return max(sides)
-
-
-def centre_of_mass(masses: Tensor) -> float:
-    """Where masses at the middles of pixels, [pixels], balance, in pixels from the first one's edge."""
-    places = torch.arange(len(masses)) + 0.5
-    return ((masses * places).sum() / masses.sum()).item()
+    return F.max_pool2d(image[None], 2 * reach + 1, stride=1, padding=reach)[0]

@@ -50,9 +50,9 @@ support.run.fcntl = None  # a folder is locked until the process ends, which for
 urllib.request.urlopen = raising(urllib.request.URLError("no network in tests"))
 
 
-def write_mnist(data_dir, train, test, name="MNIST"):
+def write_mnist(data_dir, train, test):
     """Writes uint8 images [N, 28, 28] as MNIST's files; image i has the label i modulo 10."""
-    raw = data_dir / name / "raw"
+    raw = data_dir / "MNIST/raw"
     raw.mkdir(parents=True)
     for prefix, images in (("train", train), ("t10k", test)):
         for part, values in (("images-idx3", images), ("labels-idx1", torch.arange(len(images)).byte() % 10)):
@@ -116,10 +116,10 @@ def log_of(output):
     return list(csv.DictReader((output / "log.csv").read_text().splitlines()))
 
 
-def cells(picture, columns, size=16, scale=2):
-    """The images of a grid, uint8 [N, size, size, 3], row by row, without labels and the two grey pixels in between."""
+def cells(picture, size=16, scale=2):
+    """The images of a grid, uint8 [rows, columns, 3, size, size], without labels and the two grey pixels in between."""
     picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
     pixels = torch.from_numpy(np.array(picture.convert("RGB")))
     grid = pixels[(len(pixels) - 2 * scale) % (scale * (size + 2)) :: scale, ::scale]  # labels are above the grid
-    tiles = rearrange(grid[2:, 2:], "(r h) (c w) rgb -> (r c) h w rgb", h=size + 2, w=size + 2, c=columns)
-    return tiles[:, :size, :size]
+    tiles = rearrange(grid[2:, 2:], "(r h) (c w) rgb -> r c rgb h w", h=size + 2, w=size + 2)
+    return tiles[..., :size, :size]

@@ -1,16 +1,14 @@
-"""Several ranks: a run of two on gloo, and what they can't do."""
+"""Several ranks: a run of two on gloo."""
 
 import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
 
-import pytest
 import torch
 from conftest import ROOT, checkpoint_of, command, run, snapshot
 
 from support import machine
-from support.errors import InputError
 
 
 def moments_of(output):
@@ -39,11 +37,3 @@ def test_two_ranks_use_the_mean_of_their_gradients_and_write_one_set_of_files(sm
     first, second = map(moments_of, alone)
     assert not torch.allclose(first, second, rtol=0.01)
     torch.testing.assert_close(moments_of(output), (first + second) / 2, atol=1e-7, rtol=1e-4)
-
-
-def test_what_several_ranks_cannot_do_is_refused(monkeypatch):
-    ranks = {"is_torchelastic_launched": True, "get_rank": 1, "get_world_size": 2}
-    for name, value in {"init_process_group": None, "destroy_process_group": None, **ranks}.items():
-        monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
-    with pytest.raises(InputError, match="batch_size is 3: 2 ranks don't divide it"):
-        machine.join_ranks(torch.device("cpu"), batch_size=3)

@@ -1,4 +1,4 @@
-"""evaluate.py: its table against independent arithmetic, its picture, and what it takes and refuses."""
+"""evaluate.py: its table against independent arithmetic, its judges, and what it refuses."""
 
 import math
 import os
@@ -6,17 +6,19 @@ import re
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import call, cells, draw_few_digits, raising, run
+from conftest import ROOT, call, cells, raising, run
 from PIL import Image
 
 import evaluate
 import metrics
+from support.data import load_data
 from utils import load_model, make_pair, super_resolve, to_unit
 
-QUICK = "--num_images", 5
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[\d.]+", text)]
 
 
 def judge(output, *arguments):
@@ -24,12 +26,12 @@ def judge(output, *arguments):
     call(evaluate, *arguments, "--output_dir", output, "--device", "cpu")
     text = (output / "results.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
-    return text, {name: [[float(n) for n in re.findall(r"[\d.]+", cell)] for cell in row] for name, *row in rows}
+    return text, {name: [*map(numbers, row)] for name, *row in rows}
 
 
-@pytest.fixture
-def untrained(monkeypatch):
-    monkeypatch.setattr(metrics, "train_network", lambda network, *_, **__: network.eval())
+def score(*values, **options):
+    """A figure and its standard error."""
+    return pytest.approx(numbers(evaluate.estimate(".6f", *values, **options)), rel=1e-3, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -42,126 +44,89 @@ def judged(tmp_path_factory):
         estimate = evaluate.estimate
         patch.setattr(evaluate, "estimate", lambda form, *a, **b: estimate(f".6{form[-1]}", *a, **b))
         it.text, it.scores = judge(it.folder, *it.paths, "--num_images", 70, "--num_samples", 4)
-    (images, labels), (tests, test_labels) = (draw_few_digits(n, 16, 3, i) for i, n in enumerate((60_000, 10_000)))
-    it.seeds = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:70]  # numbers in the test set
-    it.labels, it.low_res = test_labels[it.seeds], make_pair(tests[it.seeds], 4)[1]
-    it.truth, it.small, it.context = map(to_unit, make_pair(tests[it.seeds], 4))
-    it.classifier = metrics.train_classifier(images / 255, labels)
-    guesser = metrics.train_guesser(to_unit(make_pair(images, 4)[1]), labels)
-    it.guess = guesser(it.small).softmax(dim=1).detach()
-    it.sr3, it.regression = map(load_model, it.paths)
-    it.samples = [super_resolve(it.sr3, it.low_res, it.seeds + 500 * j) for j in range(8)]
-    it.answer = super_resolve(it.regression, it.low_res, it.seeds)
+    sr3, regression = map(load_model, it.paths)
+    (images, labels), (tests, answers) = load_data(sr3.config, "")
+    seeds = torch.randperm(500, generator=torch.manual_seed(0))[:70]  # numbers in the test set
+    pair = _, low_res, _ = make_pair(tests[seeds], 4)
+    it.truth, it.small, it.context = map(to_unit, pair)
+    it.labels, it.classifier = answers[seeds], metrics.train_classifier(images / 255, labels)
+    it.guess = metrics.train_guesser(to_unit(make_pair(images, 4)[1]), labels)(it.small).softmax(dim=1).detach()
+    it.samples = [super_resolve(sr3, low_res, seeds + 500 * j) for j in range(4)]
+    it.answer = super_resolve(regression, low_res, seeds)
     return it
 
 
-def score(statistic, *values):
-    """A statistic and its standard error by leaving out each 20th of the images in turn."""
-    values = [np.asarray(some.detach().double()) for some in values]
-    left = [statistic(*(np.delete(some, np.s_[i::20], axis=0) for some in values)) for i in range(20)]
-    return pytest.approx([statistic(*values), 19**0.5 * np.std(left)], rel=1e-3, abs=1e-4)
-
-
-def test_the_table_has_a_row_for_each_method_and_is_printed_without_errors(judged, tmp_path, untrained, capsys):
+def test_the_table_has_a_row_for_each_method(judged):
     headings = "PSNR ↑ | SSIM ↑ | consistency ↓ | colour shift ↓ | accuracy | Fréchet distance ↓"
     assert judged.text.startswith(f"|  | {headings} | fool rate → 50% | spread / error → 1 | calibration error ↓ |\n")
     assert list(judged.scores) == ["real digits", "bicubic", "regression", "SR3", "a perfect sampler"]
     assert "\n\n70 test images of digits, 4×4 → 16×16. regression: 20 training steps. SR3: 20 training" in judged.text
-    text, scores = judge(tmp_path, *judged.paths[::-1], *QUICK)
+    assert cells(judged.folder / "comparison.png", scale=3).shape[:2] == (5, 8)
+
+
+def test_judges_are_kept_errors_are_not_printed_and_a_name_that_is_no_text_costs_nothing(
+    judged, tmp_path, monkeypatch, capsys
+):
+    output = shutil.copytree(judged.folder, tmp_path / "output")
+    monkeypatch.delattr(torch.optim, "Adam")  # nothing can be trained
+    path = shutil.copy(judged.paths[0], os.fsdecode(bytes(output) + b"/\xff.pt"))
+    text, scores = judge(output, *judged.paths, path, "--num_images", 5)
     assert capsys.readouterr().out == re.sub(r" ± [\d.]+", "", text) and "±" in text
-    assert list(scores) == list(judged.scores) and "calibration" not in text  # of two samples
+    assert scores.keys() - judged.scores.keys() == {f"SR3 ({output}/?.pt)"}
 
 
-def test_figures_and_their_standard_errors_agree_with_independent_arithmetic(judged):
-    truth, context, bicubic = judged.truth, judged.context, (255 * judged.context).round() / 255
-    for name, images in (("SR3", judged.samples[0]), ("regression", judged.answer), ("bicubic", bicubic)):
-        decibels = -10 * (images - truth).double().square().flatten(1).mean(1).log10()
-        shift = 255 * (images - truth).double().mean((2, 3)).abs().mean(1)
+def test_figures_agree_with_independent_arithmetic(judged):
+    truth, context = judged.truth, judged.context
+    for name, images in (("SR3", judged.samples[0]), ("regression", judged.answer)):
+        pixels = [metrics.psnr(images, truth), metrics.ssim(images, truth), metrics.consistency(images, judged.small)]
         right = 100.0 * (judged.classifier(images).argmax(1) == judged.labels)
-        values = decibels, metrics.ssim(images, truth), metrics.consistency(images, judged.small), shift, right
-        assert judged.scores[name][:5] == [score(np.mean, value) for value in values], name
-    spread, error = ((judged.samples[0] - others).square().mean((1, 2, 3)) for others in (judged.samples[1], truth))
-    assert judged.scores["SR3"][7] == score(lambda a, b: a.sum() / b.sum(), spread, error)
+        values = *pixels, metrics.color_shift(images, truth), right
+        assert judged.scores[name][:5] == [score(value) for value in values], name
+    squares = [metrics.squared_difference(judged.samples[0], others) for others in (judged.samples[1], truth)]
+    assert judged.scores["SR3"][7] == score(*squares, statistic=lambda spread, error: spread.sum() / error.sum())
     assert judged.scores["regression"][7] == [0, 0]
     verdicts = 100 * torch.stack([metrics.fool_rate(truth, truth, context, seed) for seed in range(3)], dim=1)
-    (rate, of_images), of_judges = score(np.nanmean, verdicts).expected, verdicts.nanmean(0).std().item() / 3**0.5
-    fooled = pytest.approx([rate, math.hypot(of_images, of_judges)], rel=1e-3)
-    *exact, accuracy, frechet, real_fooled = judged.scores["real digits"][:7]
-    assert exact == [[], [1, 0], [0, 0], [0, 0]] and accuracy[0] > 90 and real_fooled == fooled and rate > 30
+    fooled = score(verdicts, statistic=torch.nanmean, luck=verdicts.nanmean(dim=0).std() / 3**0.5)
+    *_, frechet, real_fooled, _, _ = judged.scores["real digits"]
+    assert real_fooled == fooled
 
-    right = judged.guess[range(70), judged.labels]  # how often p(y | x) draws the right digit
+    right = judged.guess.gather(1, judged.labels[:, None])  # how often p(y | x) draws the right digit
     psnr, *others, _ = judged.scores["a perfect sampler"]
-    assert psnr == pytest.approx(np.subtract(judged.scores["regression"][0], [3.0103, 0]), abs=1e-3)
-    assert others == [[], [0], [], score(np.mean, 100 * right), frechet, [50], [1]]
+    assert psnr[0] == pytest.approx(judged.scores["regression"][0][0] - 3.0103, abs=1e-3)
+    assert others == [[], [0], [], score(100 * right), frechet, [50], [1]]
 
 
 def test_the_standard_error_of_a_mean_is_that_of_independent_values():
     values = torch.randn(20, generator=torch.Generator().manual_seed(0))
-    figure, error = map(float, evaluate.estimate(".6f", values).split(" ± "))
-    assert (figure, error) == pytest.approx((values.mean().item(), values.std().item() / 20**0.5), abs=1e-6)
+    expected = [values.mean().item(), math.hypot(values.std() / 20**0.5, 3)]
+    assert score(values, luck=3) == expected
 
 
 def test_the_calibration_of_four_samples_is_told_below_the_table(judged):
-    classes = torch.stack([judged.classifier(some).argmax(dim=1) for some in judged.samples[:4]], dim=1)
+    classes = torch.stack([judged.classifier(some).argmax(dim=1) for some in judged.samples], dim=1)
     error, bins = metrics.calibration(classes, judged.labels)
     lines = "".join(f"\n- {share:.0%} → {right:.0%} ({number:.0f})" for share, right, number in bins)
     assert f"\n\nSR3: share of samples that agree → how often they are right (of how many)\n{lines}\n" in judged.text
     assert judged.scores["SR3"][8][0] == pytest.approx(100 * error.item(), abs=1e-4)
-    accuracy, *_, error = judged.scores["regression"][4:]
-    assert error == pytest.approx([100 - accuracy[0], accuracy[1]], abs=1e-4)  # it is always sure
-    assert 0 < judged.scores["a perfect sampler"][8][0] < error[0]
-
-
-def test_the_picture_has_five_rows_from_ambiguous_to_clear(judged):
-    entropy = -(judged.guess * judged.guess.log()).sum(1)  # of a guess at the digit from x alone
-    wanted = np.linspace(1, 0.2, 5) * np.quantile(entropy, 0.98)  # of 70: for the last two samples may be no digits
-    rows = np.abs(entropy.numpy() - wanted[:, None]).argmin(1)
-    samples = torch.stack(judged.samples)[:, rows]
-    squares = judged.small[rows].repeat_interleave(4, 2).repeat_interleave(4, 3)
-    columns = [squares, judged.answer[rows], samples.mean(0), *samples[:4], judged.truth[rows]]
-    grid = cells(judged.folder / "comparison.png", 8, scale=3).view(5, 8, 16, 16, 3).permute(0, 1, 4, 2, 3) / 255
-    assert (grid - torch.stack(columns, dim=1)).abs().max() < 1.01 / 255
+    assert 0 < judged.scores["a perfect sampler"][8][0] < judged.scores["regression"][8][0]
 
 
 def test_pictures_without_labels_have_no_classes_to_judge_and_one_is_enough(tmp_path, monkeypatch):
     for i in range(8):
         Image.linear_gradient("L").rotate(18 * i).save(tmp_path / f"{i}.png")
-    data = ["--data_dir", tmp_path]
-    output = run(tmp_path / "output", *data, dataset="folder", num_training_steps=1)
-    monkeypatch.setattr(metrics, "train_network", raising(AssertionError("a network was trained")))
-    text, scores = judge(output, "--sampling_steps", 2, output / "checkpoint.pt", *data, "--num_samples", 3)
+    output = run(tmp_path / "output", "--data_dir", tmp_path, dataset="folder", num_training_steps=1)
+    monkeypatch.delattr(torch.optim, "Adam")
+    text, scores = judge(output, output / "checkpoint.pt", "--data_dir", tmp_path, "--num_samples", 3)
     assert text.startswith("|  | PSNR ↑ | SSIM ↑ | consistency ↓ | spread / error → 1 | fool rate → 50% |\n")
     assert list(scores) == ["real images", "bicubic", "SR3", "a perfect sampler"]
-    assert len(cells(output / "comparison.png", 7, scale=3)) % 7 == 0  # without a regression
 
 
-def test_a_name_that_is_no_text_costs_nothing(judged, tmp_path, untrained):
-    path = shutil.copy(judged.paths[0], os.fsdecode(bytes(tmp_path) + b"/\xff.pt"))
-    assert f"SR3 ({tmp_path}/?.pt)" in judge(tmp_path, judged.paths[0], path, *QUICK)[1]
-
-
-def test_what_can_not_be_written_is_a_line_but_the_table_is_printed_before(judged, tmp_path, untrained, capsys):
-    (tmp_path / "results.md").mkdir()
-    with pytest.raises(SystemExit, match="^2$"):
-        judge(tmp_path, judged.paths[0], *QUICK)
-    printed = capsys.readouterr()
-    assert "\n| SR3 | " in printed.out and "results.md" in printed.err
-
-
-def test_checkpoints_of_other_data_and_bad_flags_are_refused_in_one_line(judged, tmp_path, failure, monkeypatch):
+def test_bad_input_is_refused_in_one_line_before_anything_is_done(judged, tmp_path, failure, monkeypatch):
     monkeypatch.setattr(evaluate, "load_data", raising(AssertionError("it has begun")))
-    path, weights = judged.paths[0], torch.load(judged.paths[0])
-    for setting, value in (("low_res_size", 8), ("dataset", "mnist")):
-        torch.save(weights | {"config": weights["config"] | {setting: value}}, tmp_path / f"{value}.pt")
-    (tmp_path / "file").write_text("")
+    path, *others = judged.paths
     for words, *arguments in (
-        ("mnist-3x4-16", path, tmp_path / "mnist.pt"),
-        ("digits-3x8-16", path, tmp_path / "8.pt"),
-        ("give different checkpoints", path, judged.paths[1], path),
-        ("none.pt", path, tmp_path / "none.pt"),
-        ("num_images", path, "--num_images", 0),
+        ("mnist-1x4-32", path, ROOT / "output/reference/8x/sr3.pt"),
+        ("give different checkpoints", path, *others, path),
         ("sampling_steps is 2001", path, "--sampling_steps", 2001),
-        ("CHECKPOINT",),
     ):
         assert words in failure(judge, tmp_path / "new", *arguments) and not (tmp_path / "new").exists()
-    assert "file" in failure(judge, tmp_path / "file", path)

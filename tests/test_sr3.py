@@ -39,9 +39,8 @@ def generators(*seeds):
 
 def test_gamma_t_is_the_product_of_the_alphas_and_next_to_nothing_at_T():
     assert MODEL.schedule == pytest.approx(GAMMAS) == MODEL.gammas.tolist()
-    for schedule in ((T, 1e-6, 0.5), (500, 1e-6, 1e-2)):
-        with pytest.raises(ValueError, match="between 1e-8 and 0.01"):
-            SR3(None, *schedule)
+    with pytest.raises(ValueError, match="between 1e-8 and 0.01"):
+        SR3(None, T, 1e-6, 0.5)
 
 
 @pytest.mark.parametrize("weight", ["1", "1/gamma"])
@@ -86,9 +85,6 @@ def test_the_posterior_is_bayes_rule_and_with_equation_10_its_mean_is_equation_1
 def test_the_levels_are_those_at_T_times_i_over_steps_to_the_power_of_one_and_a_half():
     assert MODEL.levels(4) == pytest.approx([GAMMAS[t] for t in (T, 1299, 707, 250, 0)])
     assert MODEL.levels(T) == pytest.approx(GAMMAS[::-1])  # all of them
-    for steps in (0, T + 1):
-        with pytest.raises(ValueError, match=f"steps is {steps}: .* from 1 to {T}"):
-            MODEL.levels(steps)
 
 
 def test_the_steps_are_those_of_sde_dpm_solver_2m():

@@ -1,18 +1,11 @@
 """support/: settings, how a script ends, the machine."""
 
-import io
-import re
-import tomllib
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
-from conftest import ROOT, call, raising
+from conftest import ROOT, raising
 
-import train_mnist
 from support import machine
-from support.errors import Console, InputError, Parser, one_line_errors
+from support.errors import InputError, Parser, one_line_errors
 from support.settings import DEFAULTS, add_settings, parse_settings
 from utils import build_model
 
@@ -25,11 +18,8 @@ def parse(*arguments, resumed=None):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_names_what_differs_from_mnist_and_builds_a_network(path):
-    lines = tomllib.loads(path.read_text(encoding="utf-8"))
-    assert path.stem == "mnist" or all(DEFAULTS[name] != value for name, value in lines.items())
-    config = parse("--config_path", path)
-    assert vars(config) == DEFAULTS | lines and build_model(config)
+def test_a_shipped_config_builds_a_network(path):
+    assert build_model(parse("--config_path", path))
 
 
 def test_defaults_a_resumed_run_a_config_and_flags_win_in_this_order(tmp_path):
@@ -40,51 +30,22 @@ def test_defaults_a_resumed_run_a_config_and_flags_win_in_this_order(tmp_path):
     assert vars(config) == DEFAULTS | expected
 
 
-def test_every_setting_is_a_flag_with_its_comment_as_help(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "999")
-    with pytest.raises(SystemExit, match="0"):
-        call(train_mnist, "--help")
-    shown, text = capsys.readouterr().out, (ROOT / "configs/mnist.toml").read_text(encoding="utf-8")
-    for name, default in tomllib.loads(text).items():
-        (comment,) = re.findall(f"^{name} = .*?# (.*)", text, re.MULTILINE)
-        assert f"\n  --{name} " in shown and f" {comment}; default: {default}\n" in shown
-
-
 WRONG = """method = "gan"
-precision = "float16"
-image_size = 10
-image_size = 36
 image_size = 32.0
 low_res_size = 32
 channels = 2
-channel_multipliers = []
 channel_multipliers = [0, 1]
-attention_resolutions = [9]
-attention_heads = 3
 blocks_per_level = true
-dropout = 1.0
-num_timesteps = 24
 beta_start = nan
 sampling_steps = 2001
-learning_rate = inf
-early_samples = 5
-seed = -1
-feature = 8
-[training]"""
+feature = 8"""
 
 
 @pytest.mark.parametrize("line", WRONG.splitlines())
 def test_a_wrong_line_of_a_config_is_refused_with_its_name(tmp_path, line):
     (path := tmp_path / "wrong.toml").write_text(line)
-    with pytest.raises(InputError, match=re.split(" = ", line)[0].strip("[]")):
-        build_model(parse("--config_path", path))
-
-
-def test_what_is_no_toml_is_named(tmp_path):
-    for content in (b"seed = 1\nseed = 2", b"seed = 1  # \xe9t\xe9"):
-        (path := tmp_path / "wrong.toml").write_bytes(content)
-        with pytest.raises(InputError, match=f"{path} is not valid TOML"):
-            parse("--config_path", path)
+    with pytest.raises(InputError, match=f"^{line.split()[0]} is "):
+        parse("--config_path", path)
 
 
 CHANGED = """--method=regression --dataset=cifar10 --image_size=64 --low_res_size=8 --channels=3 --features=24
@@ -106,17 +67,6 @@ def test_bad_input_and_files_that_fail_end_a_script_with_one_line_each(monkeypat
     assert capsys.readouterr().err == "x.py: size is 3: give 4\nx.py: [Errno 2] No such file: 'y.png'\n"
 
 
-def test_a_console_drops_what_cannot_be_written(monkeypatch):
-    """The stream is full, or closed."""
-    closed = io.StringIO()
-    closed.close()
-    full = SimpleNamespace(write=raising(OSError(28, "No space left on device")), encoding="utf-8")
-    for stream in (closed, full):
-        console = Console(stream)
-        print("lost", file=console, flush=True)
-    assert console.encoding == "utf-8"
-
-
 def test_a_gpu_that_cannot_compute_is_left_for_the_cpu_in_a_line_unless_it_was_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", raising(RuntimeError("no kernel image\nCompile with TORCH_USE")))
@@ -124,12 +74,3 @@ def test_a_gpu_that_cannot_compute_is_left_for_the_cpu_in_a_line_unless_it_was_a
     assert capsys.readouterr().err == "cuda is there but can't compute (no kernel image); going on on the CPU\n"
     with pytest.raises(InputError, match="device cuda:1 can't compute here .no kernel image.; give another --device"):
         machine.choose_device("cuda:1")
-
-
-@pytest.mark.parametrize("cpuinfo, expected", [("GenuineIntel avx512_bf16", "float32"), ("amx_bf16", "bfloat16")])
-def test_auto_is_bfloat16_on_a_cpu_that_is_faster_in_it_and_nowhere_else(monkeypatch, cpuinfo, expected):
-    monkeypatch.setattr(Path, "exists", lambda path: True)
-    monkeypatch.setattr(Path, "read_text", lambda path: cpuinfo)
-    assert machine.choose_precision("auto", torch.device("cpu")) == expected
-    assert machine.choose_precision("auto", torch.device("cuda")) == "float32"
-    assert machine.choose_precision("bfloat16", torch.device("cuda")) == "bfloat16"

@@ -1,80 +1,93 @@
-"""README's pictures that no training writes.
+"""README's pictures of MNIST's test digits: `python -m tools.illustrate PICTURE OUTPUT FILE…`
 
-    python tools/illustrate.py --output noise.png
-    python tools/illustrate.py output/regression/checkpoint.pt output/checkpoint.pt --output samples.png
-    python tools/illustrate.py output/reference/4x/sr3.pt --real_digits --output real_digits.png
+    hero OUTPUT SR3 REGRESSION              an animation: six samples for one ambiguous input come out of noise
+    mended OUTPUT BARE WEIGHT_1 DEFAULT     Algorithm 2 as the paper prints it, then with one remedy after the other
+    curves OUTPUT LOG CHECKPOINT…           loss and PSNR against training steps, and the loss at ten ranges of noise
 
-Without a checkpoint: the low-resolution image, the context x, the target y_0, and y_t of equation (5) at five noise
-levels γ, of MNIST. With checkpoints of one data set: the low-resolution image, x, what each model makes of it (an SR3
-two samples), and y_0. With --real_digits, which needs scikit-learn: 8×8 digits that were never larger, and below them
-the same rows.
+The last one needs matplotlib. What the files are, and how they are made, is said in output/reference/README.md.
 """
 
-import sys
-from pathlib import Path
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sr3
 from support.data import load_data
 from support.errors import Parser, one_line_errors
-from support.settings import HERE, complete_settings
-
-import torch
-from torch import Tensor
-
-from sr3 import SR3
-from utils import load_model, make_pair, super_resolve, to_unit, upsample
-from utils import picture_of, picture_of_columns, save_picture
+from support.settings import DEFAULTS, HERE, check
+from utils import load_model, make_pair, picture_of_columns, super_resolve, to_unit, upsample
 
 
 @one_line_errors()
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
-    parser.add_argument("--data_dir", default=HERE / "data", help="where data sets are; default: data")
-    parser.add_argument("--output", required=True, help="the PNG to write")
-    parser.add_argument("--num_images", type=int, default=6, help="rows; default: 6")
-    parser.add_argument("--real_digits", action="store_true", help="scikit-learn's 8×8 digits")
-    flags = parser.parse_intermixed_args()
-    models = [load_model(path) for path in flags.checkpoints]
-    config = models[0].config if models else complete_settings()
-    high_res = None
-    if flags.real_digits:
-        from sklearn.datasets import load_digits
-
-        low_res = torch.tensor(load_digits().images[: flags.num_images]).float()[:, None] / 8 - 1  # 0…16 -> -1…1
-    else:
-        _, (images, _) = load_data(config, flags.data_dir)
-        high_res, low_res, _ = make_pair(images[: flags.num_images], config.low_res_size)
-
-    pixels, context = (upsample(low_res, config.image_size, mode) for mode in ("nearest-exact", "bicubic"))
-    columns = {"input": to_unit(pixels), "bicubic x": to_unit(context)}
-    for model in models:
-        columns |= answers(model, low_res, several=sum(isinstance(other, SR3) for other in models) > 1)
-    if high_res is not None:
-        columns["truth y_0"] = to_unit(high_res)
-    if not models:
-        noise = torch.randn(high_res.shape, generator=torch.Generator().manual_seed(0))
-        for gamma in (0.99, 0.8, 0.4, 0.1, 0.01):
-            columns[f"gamma {gamma}"] = to_unit(gamma**0.5 * high_res + (1 - gamma) ** 0.5 * noise)  # equation (5)
-    if flags.real_digits:
-        picture = picture_of(torch.cat(list(columns.values())), columns=flags.num_images)  # a row for each
-    else:
-        picture = picture_of_columns(columns, scale=3)
-    save_picture(Path(flags.output), picture)
+    parser.add_argument("picture", choices=PICTURES)
+    parser.add_argument("files", nargs="+")
+    flags = parser.parse_args()
+    _, (images, _) = load_data(check(DEFAULTS), HERE / "data")
+    torch.manual_seed(0)
+    PICTURES[flags.picture](images, *flags.files)
 
 
-def answers(model, low_res: Tensor, several: bool) -> dict[str, Tensor]:
-    """The columns of one model: two samples of an SR3, named by its loss weight if there are several; or one answer."""
-    numbers = torch.arange(len(low_res))  # an image's seed is its number
-    if not isinstance(model, SR3):
-        return {"regression": super_resolve(model, low_res, numbers.tolist())}
-    name = f"weight {model.config.loss_weight}\n" if several else ""
-    columns = {}
-    for i in (0, 1):
-        seeds = (numbers + i * len(numbers)).tolist()
-        columns[f"{name}sample {i + 1}"] = super_resolve(model, low_res, seeds)
-    return columns
+def hero(images, output, sampler, regression):
+    """The test set's digit 199 is a 2, and could be a 3."""
+    _, low_res, x = make_pair(images[199:200], 4)
+    columns = {
+        "input": to_unit(upsample(low_res, 32, "nearest-exact")),
+        "regression": super_resolve(load_model(regression), low_res, [0]),
+    }
+    states, frames = load_model(sampler).refine(x.repeat(6, 1, 1, 1), 48), []
+    torch.manual_seed(1)  # nothing is drawn before the first state is asked for
+    for y_t, _ in states:
+        columns |= {f"sample {i + 1}": to_unit(y_t[i : i + 1]) for i in range(6)}
+        frames.append(picture_of_columns(columns, scale=3).quantize(16))
+    # Milliseconds: the last frame stays for three seconds
+    frames[0].save(output, save_all=True, append_images=frames[1:], duration=[100] * 47 + [3000], loop=0)
 
+
+def mended(images, output, *checkpoints):
+    """Takes the remedies out of SR3 again, from the last to the first: what is left is the paper's Algorithm 2."""
+    bare, weight_1, default = map(load_model, checkpoints)
+    y_0, low_res, _ = make_pair(images[:5], 4)
+    columns, posterior = {"truth": to_unit(y_0)}, sr3.posterior
+
+    def draw(name, model, steps):
+        columns[f"{name}\n{steps} steps"] = super_resolve(model, low_res, range(5), steps)
+
+    draw("+ look-ahead", default, 10)
+    sr3.look_ahead = lambda y_0_hat, *_: y_0_hat
+    sr3.SR3.levels = lambda model, steps: model.schedule[:: -(2000 // steps)]  # even
+    draw("+ variance (4)", default, 10)
+    sr3.posterior = lambda y_0, y_t, gamma_t, gamma_s: (posterior(y_0, y_t, gamma_t, gamma_s)[0], 1 - gamma_t / gamma_s)
+    draw("+ 1 / gamma", default, 100)
+    draw("+ v", weight_1, 100)
+    bare.predict_noise = bare.unet.forward  # f_θ = U
+    draw("as printed", bare, 100)
+    columns["input"] = to_unit(upsample(low_res, 32, "nearest-exact"))
+    picture_of_columns(dict(reversed(columns.items())), scale=3).save(output)
+
+
+@torch.no_grad()
+def curves(images, output, log, *checkpoints):
+    """The last plot is of 300 test digits, with the weight 1/γ: the checkpoints' loss for t in each tenth of 1…T."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    _, axes = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
+    rows = np.genfromtxt(log, delimiter=",", names=True)
+    for axis, name in zip(axes, ("loss", "psnr")):
+        axis.semilogx(rows["step"], rows[name], ".")
+        axis.set(title=name, xlabel="training steps")
+    y_0, _, x = make_pair(images[:300], 4)
+    for model in map(load_model, checkpoints):
+        losses = []
+        for model.gammas in model.gammas.unfold(0, 201, 200):  # all that `forward` draws γ from
+            losses.append(model(y_0, x))
+        axes[2].plot(range(1, 11), losses, label=f"{model.step:,} steps")
+    axes[2].set(title="loss by noise level", xlabel="tenth of t, from little noise to much", ylim=0)
+    axes[2].legend()
+    plt.savefig(output)
+
+
+PICTURES = {"hero": hero, "mended": mended, "curves": curves}
 
 if __name__ == "__main__":
     main()
