@@ -21,8 +21,9 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("picture", choices=PICTURES)
     parser.add_argument("files", nargs="+")
+    parser.add_argument("--data_dir", default=HERE / "data", help="where MNIST is; default: data")
     flags = parser.parse_args()
-    _, (images, _) = load_data(check(DEFAULTS), HERE / "data")
+    _, (images, _) = load_data(check(DEFAULTS), flags.data_dir)
     torch.manual_seed(0)
     PICTURES[flags.picture](images, *flags.files)
 
