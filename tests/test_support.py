@@ -38,6 +38,8 @@ channel_multipliers = [0, 1]
 blocks_per_level = true
 beta_start = nan
 sampling_steps = 2001
+early_samples = 5
+seed = -1
 feature = 8"""
 
 

@@ -20,8 +20,8 @@ from utils import load_model, make_pair, picture_of_columns, super_resolve, to_u
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("picture", choices=PICTURES)
-    parser.add_argument("files", nargs="+")
-    parser.add_argument("--data_dir", default=HERE / "data", help="where MNIST is; default: data")
+    parser.add_argument("files", nargs="+", help="OUTPUT, then what the picture is made from")
+    parser.add_argument("--data_dir", default=HERE / "data", help="default: data")
     flags = parser.parse_args()
     _, (images, _) = load_data(check(DEFAULTS), flags.data_dir)
     torch.manual_seed(0)
@@ -39,8 +39,9 @@ def hero(images, output, sampler, regression):
     torch.manual_seed(1)  # nothing is drawn before the first state is asked for
     for y_t, _ in states:
         columns |= {f"sample {i + 1}": to_unit(y_t[i : i + 1]) for i in range(6)}
-        frames.append(picture_of_columns(columns, scale=3).quantize(16))
-    # Milliseconds: the last frame stays for three seconds
+        picture = picture_of_columns(columns, scale=3).convert("L")
+        frames.append(picture.point(lambda level: level // 16 * 17))  # 16 greys: a smaller file
+    # In milliseconds: the last frame stays for three seconds.
     frames[0].save(output, save_all=True, append_images=frames[1:], duration=[100] * 47 + [3000], loop=0)
 
 
@@ -53,15 +54,16 @@ def mended(images, output, *checkpoints):
     def draw(name, model, steps):
         columns[f"{name}\n{steps} steps"] = super_resolve(model, low_res, range(5), steps)
 
-    draw("+ look-ahead", default, 10)
+    draw("(e) look-ahead", default, 10)
     sr3.look_ahead = lambda y_0_hat, *_: y_0_hat
     sr3.SR3.levels = lambda model, steps: model.schedule[:: -(2000 // steps)]  # even
-    draw("+ variance (4)", default, 10)
+    draw("(d) variance (4)", default, 10)
     sr3.posterior = lambda y_0, y_t, gamma_t, gamma_s: (posterior(y_0, y_t, gamma_t, gamma_s)[0], 1 - gamma_t / gamma_s)
-    draw("+ 1 / gamma", default, 100)
-    draw("+ v", weight_1, 100)
+    draw("(c) in few", default, 10)
+    draw("(c) 1 / gamma", default, 100)
+    draw("(b) v", weight_1, 100)
     bare.predict_noise = bare.unet.forward  # f_θ = U
-    draw("as printed", bare, 100)
+    draw("(a) as printed", bare, 100)
     columns["input"] = to_unit(upsample(low_res, 32, "nearest-exact"))
     picture_of_columns(dict(reversed(columns.items())), scale=3).save(output)
 
