@@ -98,8 +98,8 @@ def test_figures_agree_with_independent_arithmetic(judged):
 
 def test_the_standard_error_of_a_mean_is_that_of_independent_values():
     values = torch.randn(20, generator=torch.Generator().manual_seed(0))
-    expected = [values.mean().item(), math.hypot(values.std() / 20**0.5, 3)]
-    assert score(values, luck=3) == expected
+    expected = [values.mean().item(), math.hypot(values.std() / 20**0.5, 0.2)]
+    assert score(values, luck=0.2) == expected
 
 
 def test_the_calibration_of_four_samples_is_told_below_the_table(judged):

