@@ -24,6 +24,8 @@ def frame_digit(picture: Image.Image, size: int, name: str) -> Tensor:
     evened out, specks and what touches the border are erased, very thin or thick strokes are brought near MNIST's.
     Raises InputError where what is left is more than one thing, or has a shape that MNIST's digits don't have.
     """
+    if max(picture.size) > 99 * min(picture.size):
+        raise InputError(f"{name} is a strip of {picture.width}×{picture.height} pixels; give a picture of one digit")
     picture = ImageOps.contain(picture, (256, 256))  # more pixels would only take more time
     digit, is_dark = find_digit(picture, name)
     if is_dark:

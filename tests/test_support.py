@@ -24,7 +24,7 @@ def test_a_shipped_config_builds_a_network(path):
 
 def test_defaults_a_resumed_run_a_config_and_flags_win_in_this_order(tmp_path):
     """An old checkpoint that lacks a setting takes mnist.toml's."""
-    (path := tmp_path / "a.toml").write_text("batch_size = 3\nseed = 3\nearly_samples = []", encoding="utf-8-sig")
+    (path := tmp_path / "a.toml").write_text("batch_size = 3\nseed = 3\nearly_samples = []")
     config = parse("--config_path", path, "--seed", 4, resumed={"features": 32, "batch_size": 2, "warmup_steps": 2})
     expected = {"features": 32, "warmup_steps": 2, "batch_size": 3, "early_samples": [], "seed": 4}
     assert vars(config) == DEFAULTS | expected
