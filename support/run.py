@@ -23,8 +23,10 @@ except ImportError:  # on Windows, where nothing keeps two runs out of one folde
 
 BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
 LOG_EVERY = 100  # steps between two rows of the log
-RESULTS = ["checkpoint.pt", "log.csv", "progress.png", "refinement-*.png", "[hls]r-*.png", "results.md", "comparison.png"]
-PLACE = ("images", "step", "log", "samples", "losses")  # what a checkpoint tells of where a run is
+RESULTS = [  # what a new run moves aside
+    "checkpoint.pt", "log.csv", "progress.png", "refinement-*.png", "[hls]r-*.png", "results.md", "comparison.png",
+]  # fmt: skip
+PLACE = ("images", "step", "log", "samples", "loss_sum")  # what a checkpoint tells of where a run is
 RESUMED = ("config", "model", "ema", "optimizer", *PLACE)  # what a run needs to go on
 
 
@@ -50,18 +52,20 @@ class Run:
     """A run in its folder: `steps` goes through the training, `after` writes what is due after a step.
 
     `parts` are the modules and the optimizer that a checkpoint keeps, `data` the images for training and for testing,
-    whose numbers it keeps. `samples` are the first eight samples of each grid, by step. A run that doesn't go on from a checkpoint
-    moves the files of an earlier one to a folder earlier-1, earlier-2, …. Raises InputError where another run is in the
-    folder, or the checkpoint is of other images. Of several ranks only the first writes.
+    whose numbers it keeps. `samples` are the first eight samples of each grid, by step, and `loss_sum` is the sum of
+    the losses since the last row of the log. A run that doesn't go on from a checkpoint moves the files of an earlier
+    one to a folder earlier-1, earlier-2, …. Raises InputError where another run is in the folder, or the checkpoint is
+    of other images. Of several ranks only the first writes.
     """
 
     def __init__(self, folder: Path, config: SimpleNamespace, parts: dict, data: tuple, checkpoint: dict | None):
         self.folder, self.config, self.parts = folder, config, parts
-        self.received, self.stopped = None, False  # a signal; and whether it has ended the run
+        self.received = None  # the number of the signal that asks to stop
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         images = [len(part) for part in data]
-        place = checkpoint or {"images": images, "step": 0, "log": [], "samples": {}, "losses": []}
-        self.images, self.step, self.log, self.samples, self.losses = (place[name] for name in PLACE)
+        place = checkpoint or {"images": images, "step": 0, "log": [], "samples": {}, "loss_sum": 0.0}
+        self.images, self.step, self.log, self.samples, self.loss_sum = (place[name] for name in PLACE)
+        self.loss_sum = float(self.loss_sum)  # a checkpoint's is a tensor on the CPU
         if images != self.images:
             raise InputError(f"there are {images} images, not {self.images}: a resumed run can't change its data")
         options = parts["optimizer"].param_groups  # a run's own
@@ -91,7 +95,7 @@ class Run:
             raise InputError(f"{self.folder} can't be used ({reason}); give another --output_dir") from None
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, with a bar. Ctrl-C, SIGTERM or SIGHUP end the script after a step, which is saved."""
+        """The steps that are left, with a bar. Ctrl-C, SIGTERM and SIGHUP are noted, for `after` to save and end the run."""
         handlers = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
@@ -104,14 +108,9 @@ class Run:
         try:
             for self.step in self.bar:
                 yield self.step
-                if self.stopped:
-                    break
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if self.stopped:
-            print(f"stopped after step {self.step}; the same command with --resume goes on from there")
-            sys.exit(128 + self.received)
         print(f"all {self.step} steps are done; to judge the model: python evaluate.py {self.folder / 'checkpoint.pt'}")
 
     def receive(self, number: int, _) -> None:
@@ -121,45 +120,48 @@ class Run:
     def after(self, loss: Tensor, draw: Callable[[], dict]) -> None:
         """Writes what is due after a step; `draw` writes a grid and returns its metrics.
 
-        What can't be written is named, and tried again when it is next due; after the last step it is an InputError. So
-        is a loss or a weight that isn't finite, which is never saved.
+        After a signal it saves and ends the script. What can't be written is named, and tried again when it is next
+        due; in the end it is an InputError. So is a loss or a weight that isn't finite, which is never saved.
         """
         if not self.is_first:
             return
         step, config = self.step, self.config
-        self.losses.append(loss.clone())  # the next step may overwrite it
+        self.loss_sum += loss
         is_last = step == config.num_training_steps
         is_grid = is_last or step % config.sample_every == 0 or step in config.early_samples
         is_row = is_grid or step % LOG_EVERY == 0
-        self.stopped = self.received is not None and not is_last
+        is_stopped = self.received is not None and not is_last
         if step % BAR_EVERY == 0:
             self.bar.set_postfix_str(f"loss {loss.item():.4f}")
-        if not (is_row or self.stopped):
+        if not (is_row or is_stopped):
             return
-        rate = self.parts["optimizer"].param_groups[0]["lr"]
-        losses = torch.stack([loss.to(rate.device) for loss in self.losses])
-        if not all(values.isfinite().all() for values in (losses, *self.parts["model"].parameters())):
+        if not all(values.isfinite().all() for values in (self.loss_sum, *self.parts["model"].parameters())):
             hint = "nothing is saved; give a lower --learning_rate"
             raise InputError(f"the loss or a weight is not finite after step {step}: {hint}")
         try:
             if is_row:
-                numbers = {"loss": losses.mean(), "learning_rate": rate}
+                mean_loss = self.loss_sum / (step - (self.log[-1]["step"] if self.log else 0))
+                numbers = {"loss": mean_loss, "learning_rate": self.parts["optimizer"].param_groups[0]["lr"]}
                 numbers |= draw() if is_grid else {}
                 row = {name: f"{number:.6g}" for name, number in numbers.items()}
                 self.log.append({"dataset": config.dataset, "step": step, **row})
-                self.losses = []
-            if is_grid or self.stopped:
+                self.loss_sum = 0.0
+            if is_grid or is_stopped:
                 self.save()
             self.write_log()
         except OSError as error:
             reason = f"{self.folder} can't be written to ({error.strerror or error})"
-            if is_last or self.stopped:
+            if is_last or is_stopped:
                 raise InputError(f"{reason}; make room, or give another --output_dir") from None
             print(f"\n{reason}; going on", file=sys.stderr)
+        if is_stopped:
+            self.bar.close()
+            print(f"stopped after step {step}; the same command with --resume goes on from there")
+            sys.exit(128 + self.received)
 
     def write_log(self) -> None:
         with open(self.folder / "log.csv", "w") as file:
-            columns = dict.fromkeys(name for row in self.log for name in row)  # of all rows, without repetition
+            columns = max(self.log, key=len, default=())  # a row with a grid has all of them
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.log)
