@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     training_step = machine.record(training_step, device, ranks)  # on one GPU a CUDA graph, elsewhere unchanged
     for step in run.steps():  # line 1, "until converged": from where a resumed run stopped to num_training_steps
-        torch.manual_seed(1_000_000 * config.seed + ranks * step + rank)  # a resumed run draws what an unbroken one does
+        torch.manual_seed(1_000_000 * config.seed + ranks * step + rank)  # a resumed run draws what an unbroken one did
         rate.fill_(config.learning_rate * min(1, step / max(1, config.warmup_steps)))
         share.fill_(9 / (10 + step))  # so the weights in the average are a tenth of the training old
         loss = training_step()

@@ -95,7 +95,7 @@ class Run:
             raise InputError(f"{self.folder} can't be used ({reason}); give another --output_dir") from None
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, with a bar. Ctrl-C, SIGTERM and SIGHUP are noted, for `after` to save and end the run."""
+        """The steps that are left, with a bar. Ctrl-C, SIGTERM and SIGHUP are left to `after`, which saves and ends."""
         handlers = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
