@@ -40,8 +40,8 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of [B, C, H, W], at most 1 (equal images); [B].
 
-    The mean over channels and over all Gaussian windows, of 11×11 with σ = 1.5, that lie within the image; NaN where
-    the image is smaller. In float64, on the CPU: differences of squares are too fine for float32.
+    The mean over channels and over all Gaussian windows, of 11×11 with σ = 1.5, that lie within the image, so H and W
+    are at least 11. In float64, on the CPU: differences of squares are too fine for float32.
     """
 
     def local_mean(values):
