@@ -5,21 +5,18 @@ what the digit is, and which of two images is real. The paper asked a ResNet-50 
 `calibration` judge a whole set of images.
 """
 
-from contextlib import suppress
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torchvision.ops import MLP
 from torchvision.transforms.functional import gaussian_blur
 
-from support.errors import InputError
 from support.machine import choose_layout
-from support.run import load_checkpoint, save_checkpoint
 
 
-def squared_difference(images: Tensor, others: Tensor) -> Tensor:
+def squared_difference(images, others):
     """Mean squared difference of [B, C, H, W] and others of the same shape; [B].
 
     Between two samples for the same x it is called spread, between a sample and the truth error. For a perfect sampler
@@ -29,7 +26,7 @@ def squared_difference(images: Tensor, others: Tensor) -> Tensor:
     return (images - others).square().mean(dim=(1, 2, 3))
 
 
-def psnr(images: Tensor, reference: Tensor) -> Tensor:
+def psnr(images, reference):
     """Peak signal-to-noise ratio in dB of [B, C, H, W]: -10 log10 of the mean squared error; [B].
 
     Infinite for equal images. It and SSIM favour the blurry regression over SR3; people do not (section 4).
@@ -37,7 +34,7 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     return -10 * squared_difference(images, reference).log10()
 
 
-def ssim(images: Tensor, reference: Tensor) -> Tensor:
+def ssim(images, reference):
     """Structural similarity (Wang et al. 2004) of [B, C, H, W], at most 1 (equal images); [B].
 
     The mean over channels and over all Gaussian windows, of 11×11 with σ = 1.5, that lie within the image, so H and W
@@ -55,7 +52,7 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     return (luminance * (2 * covariance + 9e-4) / (variances + 9e-4)).mean(dim=(1, 2, 3))
 
 
-def consistency(images: Tensor, low_res: Tensor) -> Tensor:
+def consistency(images, low_res):
     """Mean squared difference, on the 0…255 scale, of images [B, C, H, W], shrunk again, and low_res [B, C, h, w]; [B].
 
     low_res is in [0, 1], too. 0 is perfect. (Section 4 has another scale.)
@@ -64,17 +61,17 @@ def consistency(images: Tensor, low_res: Tensor) -> Tensor:
     return squared_difference(255 * shrunk, 255 * low_res)
 
 
-def color_shift(images: Tensor, reference: Tensor) -> Tensor:
+def color_shift(images, reference):
     """How far each channel's mean is from the reference's, on the 0…255 scale, averaged over channels; [B]."""
     return 255 * (images - reference).mean(dim=(2, 3)).abs().mean(dim=1)
 
 
-def accuracy(images: Tensor, labels: Tensor, classifier: nn.Module) -> Tensor:
+def accuracy(images, labels, classifier):
     """1.0 where a classifier of `train_classifier` sees the right class, else 0.0 (the paper's Table 3); [B]."""
     return (predict(classifier, images).argmax(dim=1) == labels).float()
 
 
-def calibration(classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def calibration(classes, labels):
     """Do samples doubt where they should? Of the samples whose class a share s shows, a share s should be right.
 
     `classes` are int64 [N, K], those of K samples for the same x; labels are [N]. Each sample is a prediction, and the
@@ -93,7 +90,7 @@ def calibration(classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return ((share - right) @ members).abs().sum() / len(share), bins
 
 
-def frechet_distance(features: Tensor, others: Tensor) -> Tensor:
+def frechet_distance(features, others):
     """Fréchet distance between two sets of features, [N, D] and [M, D], each taken as a Gaussian.
 
     |μ - ν|² + tr(A + B - 2 √(A B)) with the means μ, ν and covariances A, B. Of an Inception network's features this is
@@ -106,7 +103,7 @@ def frechet_distance(features: Tensor, others: Tensor) -> Tensor:
     return (features.mean(0) - others.mean(0)).square().sum() + a.trace() + b.trace() - 2 * overlap
 
 
-def fool_rate(images: Tensor, reference: Tensor, context: Tensor, seed: int = 0, noise: float = 0.1) -> Tensor:
+def fool_rate(images, reference, context, seed=0, noise=0.1):
     """The paper's human test, done by a network: 1.0 where it takes an output for real, else 0.0; [B], on the CPU.
 
     This is a classifier two-sample test (Lopez-Paz and Oquab, arXiv 1610.06545). The judge rates the output and the
@@ -119,7 +116,7 @@ def fool_rate(images: Tensor, reference: Tensor, context: Tensor, seed: int = 0,
     generator = torch.Generator().manual_seed(seed)
     learned, asked = torch.randperm(len(images), generator=generator).tensor_split([len(images) // 2])
 
-    def lead(indices: Tensor) -> Tensor:
+    def lead(indices):
         """How much more real the outputs look to the judge than the real images; [B, 1]."""
         candidates = torch.cat([images[indices], reference[indices]])  # [2B, C, H, W]
         candidates += noise * torch.randn(candidates.shape, generator=generator).to(images.device)
@@ -141,35 +138,33 @@ def fool_rate(images: Tensor, reference: Tensor, context: Tensor, seed: int = 0,
 # The networks that judge ----------------------------------------------------------------------------------------------
 
 
-def train_classifier(images: Tensor, labels: Tensor, path=None) -> nn.Module:
+def train_classifier(images, labels):
     """A small network that has learned the classes of real images, [N, C, H, W] in [0, 1]; labels int64 [N] from 0.
 
     It sees each image once. Its features are what it computes before its last layer: `classifier[:-1]`, [B, 64].
-    With a path, it is kept there for the next time.
     """
     classifier = small_network(images.shape[1], int(labels.max()) + 1, images.device)
     return train_network(
-        classifier, lambda batch: F.cross_entropy(classifier(images[batch]), labels[batch]), len(images), 1, path=path
+        classifier, lambda batch: F.cross_entropy(classifier(images[batch]), labels[batch]), len(images), 1
     )
 
 
-def train_guesser(low_res: Tensor, labels: Tensor, path=None) -> nn.Module:
+def train_guesser(low_res, labels):
     """A network that has learned the classes from low-resolution images alone, [N, C, h, w]: what x says of the digit.
 
     The probability that it gives to the right class, on average, is how often a perfect sampler of p(y | x) would draw
-    a digit of that class. Answering with the likeliest class is right more often than that. With a path, it is kept
-    there for the next time.
+    a digit of that class. Answering with the likeliest class is right more often than that.
     """
     torch.manual_seed(0)
     pixels, outputs = low_res[0].numel(), int(labels.max()) + 1
     guesser = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(pixels), MLP(pixels, [256, 256, outputs])).to(low_res.device)
     return train_network(
         guesser, lambda batch: F.cross_entropy(guesser(low_res[batch]), labels[batch]), len(low_res),
-        passes=8, batch_size=256, max_rate=0.01, path=path,
+        passes=8, batch_size=256, max_rate=0.01,
     )  # fmt: skip
 
 
-def small_network(channels: int, outputs: int, device: torch.device, seed: int = 0) -> nn.Module:
+def small_network(channels, outputs, device, seed=0):
     """A convolutional network from [B, channels, H, W] by way of 64 features to [B, outputs]."""
     torch.manual_seed(seed)
     layers = []
@@ -180,17 +175,11 @@ def small_network(channels: int, outputs: int, device: torch.device, seed: int =
     return network.to(device, memory_format=choose_layout(device, "float32"))
 
 
-def train_network(
-    network: nn.Module, loss, examples: int, passes: int, batch_size=64, max_rate=0.005, seed=0, path=None
-) -> nn.Module:
-    """The network, trained on loss(indices of examples), in evaluation mode; or as an earlier call left it at the path.
+def train_network(network, loss, examples, passes, batch_size=64, max_rate=0.005, seed=0):
+    """The network, trained on loss(indices of examples), in evaluation mode.
 
     The examples come in random order, all of them in each pass, and in the same order every time.
     """
-    if path:
-        with suppress(InputError, RuntimeError):  # there is no file, or a damaged one, or that of another network
-            network.load_state_dict(load_checkpoint(path, ("network",))["network"])
-            return network.eval()
     generator = torch.Generator().manual_seed(seed)
     batches = [
         batch for _ in range(passes) for batch in torch.randperm(examples, generator=generator).split(batch_size)
@@ -202,13 +191,10 @@ def train_network(
         loss(batch).backward()
         optimizer.step()
         schedule.step()
-    if path:
-        with suppress(OSError):  # a full disk must not cost the evaluation
-            save_checkpoint(path, {"network": network.state_dict()})
     return network.eval()
 
 
 @torch.no_grad()
-def predict(network: nn.Module, images: Tensor) -> Tensor:
+def predict(network, images):
     """What a network makes of images [N, C, H, W], 100 at a time: more might not fit into memory."""
     return torch.cat([network(batch) for batch in images.split(100)])

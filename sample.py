@@ -14,15 +14,13 @@ each depends on its seed and the input only.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from support.data import read_picture
 from support.digits import draw_digits
-from support.errors import InputError, Parser, one_line_errors
+from support.errors import Parser, one_line_errors
 from support.framing import frame_digit
 from support.machine import choose_device
 from support.settings import check, positive
@@ -30,10 +28,10 @@ from utils import downsample, load_model, picture_of_columns, super_resolve, to_
 
 
 @one_line_errors()
-def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of train_mnist.py, or shipped")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="a drawing or photo, or low-resolution pixels")
+def main(arguments=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("checkpoint", help="of train_mnist.py, or shipped")
+    parser.add_argument("pictures", nargs="*", help="a drawing or photo, or low-resolution pixels")
     parser.add_argument("--num_samples", type=positive, default=4, help="samples for each picture; default: 4")
     parser.add_argument("--sampling_steps", type=positive, help="refinement steps; default: the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of each picture's first sample; default: 0")
@@ -41,39 +39,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", default="samples.png", help="the PNG to write; default: samples.png")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
-    output = Path(flags.output)
-    if output.suffix.lower() != ".png":
-        raise InputError(f"--output is {output}: its name must end in .png")
     device = choose_device(flags.device)
     model = load_model(flags.checkpoint, device)
     config = model.config
     steps = flags.sampling_steps or config.sampling_steps
     check(vars(config) | {"sampling_steps": steps, "seed": flags.seed})
-    output.parent.mkdir(parents=True, exist_ok=True)
+    Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
 
-    # Each image is [1, C, side, side] in [-1, 1]; they differ in side.
-    if flags.pictures:
-        images = [to_signed(read_image(path, config, flags.as_is)) for path in flags.pictures]
-    else:
-        digits, _ = draw_digits(8, config.image_size, config.channels, seed=flags.seed)
-        images = to_signed(digits).split(1)
+    images = [read_image(path, config, flags.as_is) for path in flags.pictures]
+    images = images or draw_digits(8, config.image_size, config.channels, flags.seed)[0].split(1)
+    images = [to_signed(image) for image in images]  # [1, C, side, side] each; they differ in side
     low_res = torch.cat([downsample(image, config.low_res_size) for image in images])  # [N, C, h, w]
 
-    names = [f"sample {j + 1}" for j in range(flags.num_samples)]
-    if config.method == "regression":  # it has one answer
-        names = ["regression"]
-    seeds = [flags.seed + j for j in range(len(names))] * len(images)
-    samples = super_resolve(model, low_res.repeat_interleave(len(names), dim=0).to(device), seeds, steps).cpu()
+    # A regression has one answer.
+    names = [f"sample {j + 1}" for j in range(flags.num_samples)] if config.method == "sr3" else ["regression"]
+    seeds = [flags.seed + j for j in range(len(names)) for _ in images]
+    samples = super_resolve(model, low_res.repeat(len(names), 1, 1, 1).to(device), seeds, steps).cpu()
     squares = upsample(low_res, config.image_size, "nearest-exact")
     columns = {"input": to_unit(squares), "bicubic": to_unit(upsample(low_res, config.image_size))}
-    columns |= zip(names, samples.unflatten(0, (-1, len(names))).unbind(dim=1))  # [N, C, H, W] each
+    columns |= zip(names, samples.split(len(images)))  # [N, C, H, W] each
     if all(image.shape[-1] > config.low_res_size for image in images):
         columns["original"] = to_unit(torch.cat([downsample(image, config.image_size) for image in images]))
-    picture_of_columns(columns, scale=max(1, 100 // config.image_size)).save(output)
-    print(f"{output}: {len(images)} × {len(names)} samples, seed {flags.seed}")
+    picture_of_columns(columns, scale=3).save(flags.output, "PNG")
+    print(f"{flags.output}: {len(images)} × {len(names)} samples, seed {flags.seed}")
 
 
-def read_image(path: str, config: SimpleNamespace, as_is: bool) -> Tensor:
+def read_image(path, config, as_is):
     """A picture file, framed or cropped to its middle square: uint8 [1, C, side, side]."""
     picture = read_picture(path, config.channels)
     is_digit = config.dataset in ("mnist", "digits") and config.channels == 1

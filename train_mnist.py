@@ -16,7 +16,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metrics import consistency, psnr, ssim
 from support import machine
@@ -28,9 +28,9 @@ from utils import build_model, make_pair, picture_of, picture_of_columns, to_uni
 
 
 @one_line_errors()
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments=None):
     # 1. Settings: those of configs/mnist.toml, of a resumed run, of --config_path, and the flags; later ones win -----
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data_dir", default=HERE / "data", help="folder of the data sets; default: data")
     parser.add_argument("--output_dir", default=HERE / "output", help="folder of the results; default: output")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
@@ -56,12 +56,12 @@ def main(arguments: list[str] | None = None) -> None:
     ema = deepcopy(model).eval().requires_grad_(False)  # the moving average of its weights, which makes the samples
     rate, share = torch.zeros(2, device=device)  # the learning rate, and each new weight's share in the average
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
-    run = Run(folder, config, {"model": model, "ema": ema, "optimizer": optimizer}, (images, test_images), checkpoint)
+    run = Run(folder, config, {"model": model, "ema": ema, "optimizer": optimizer}, len(images), checkpoint)
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
     print(f"{config.dataset}: {len(images):,} images; {ranks} × {device.type}, {precision}; pictures go into {folder}")
 
     # 4. Training: Algorithm 1 -----------------------------------------------------------------------------------------
-    def training_step() -> Tensor:
+    def training_step():
         # Line 2: a pair (x, y_0); the context x is made from y_0 itself, shrunk and enlarged bicubically.
         indices = torch.randint(len(images), (config.batch_size // ranks,), device=device)
         high_res, _, context = make_pair(images[indices], config.low_res_size)  # y_0 and x, [B, C, H, W]
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         run.after(loss, lambda: draw(ema, grid_images, precision, run))  # what is due: log, grids, checkpoint
 
 
-def draw(model: nn.Module, images: Tensor, precision: str, run: Run) -> dict[str, Tensor]:
+def draw(model, images, precision, run):
     """Super-resolves the same images from the same noise each time, writes grids, and returns metrics for the log.
 
     Grids: hr, the targets; lr, the inputs; sr, the results; refinement, the estimates ŷ_0 at up to six noise levels;

@@ -3,14 +3,11 @@
 What goes into a model is in [-1, 1]; pictures, metrics and what comes out of `super_resolve` are in [0, 1].
 """
 
-from collections.abc import Iterable
-from pathlib import Path
-from types import SimpleNamespace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -25,7 +22,7 @@ from unet import UNet
 # The pair: the low-resolution image, and from it the context x (section 2.4) -----------------------------------------
 
 
-def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_pair(images, low_res_size):
     """Makes y_0 [B, C, H, W], the low-resolution image [B, C, h, w] and x [B, C, H, W], all in [-1, 1].
 
     `images` are uint8 in 0…255; h and w are `low_res_size`. Both resamplings are clamped where they overshoot, so x
@@ -36,22 +33,22 @@ def make_pair(images: Tensor, low_res_size: int) -> tuple[Tensor, Tensor, Tensor
     return high_res, low_res, upsample(low_res, images.shape[-1])
 
 
-def to_signed(images: Tensor) -> Tensor:
+def to_signed(images):
     """uint8 images in 0…255 as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
-def to_unit(images: Tensor) -> Tensor:
+def to_unit(images):
     """Images in [-1, 1] as pictures and metrics want them, in [0, 1]; what lies outside is clamped."""
     return (images.clamp(-1, 1) + 1) / 2
 
 
-def downsample(images: Tensor, size: int) -> Tensor:
+def downsample(images, size):
     """Shrinks [B, C, H, W] in [-1, 1] to [B, C, size, size] bicubically, antialiased, clamped where it overshoots."""
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def upsample(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+def upsample(images, size, mode="bicubic"):
     """Enlarges [B, C, h, w] to [B, C, size, size], clamped: bicubic gives x, "nearest-exact" squares to look at."""
     return F.interpolate(images, (size, size), mode=mode).clamp(-1, 1)
 
@@ -59,7 +56,7 @@ def upsample(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
-def build_model(config: SimpleNamespace) -> SR3 | Regression:
+def build_model(config):
     """The untrained model that a config describes. Raises InputError for sizes or noise levels that it can't have."""
     try:
         unet = UNet(
@@ -75,7 +72,7 @@ def build_model(config: SimpleNamespace) -> SR3 | Regression:
         raise InputError(error) from None
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Regression:
+def load_model(path, device="cpu"):
     """A checkpoint's model, its averaged weights, with its `config` and `step`. Raises InputError for other files."""
     checkpoint, device = load_checkpoint(path), torch.device(device)
     config = check(DEFAULTS | checkpoint["config"])
@@ -89,36 +86,31 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SR3 | Re
     return model.eval().to(device, memory_format=choose_layout(device, precision))
 
 
-def super_resolve(
-    model: SR3 | Regression, low_res: Tensor, seeds: Iterable[int], steps: int | None = None
-) -> Tensor:
+def super_resolve(model, low_res, seeds, steps=None):
     """Samples for low-resolution images, [N, C, h, w] in [-1, 1]: [N, C, H, W] in [0, 1], rounded to 8 bits.
 
-    `model` is from `load_model`; x is made here. Each image's noise depends on its own seed only. `steps` are the
-    refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than the model was
-    trained for, and unless there is a seed for each.
+    `model` is from `load_model`; x is made here. `seeds` are N numbers: each image's noise depends on its own seed only.
+    `steps` are the refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than
+    the model was trained for.
     """
-    config, device, seeds = model.config, low_res.device, list(seeds)
-    if list(low_res.shape) != [len(seeds), config.channels, config.low_res_size, config.low_res_size]:
-        wanted = f"[N, {config.channels}, {config.low_res_size}, {config.low_res_size}] and N seeds"
-        raise ValueError(f"there are images of {list(low_res.shape)} and {len(seeds)} seeds: give {wanted}")
+    config, device, side = model.config, low_res.device, model.config.low_res_size
+    if low_res.shape[1:] != (config.channels, side, side):
+        raise ValueError(f"low_res is {list(low_res.shape)}: give [N, {config.channels}, {side}, {side}]")
     context = upsample(low_res, config.image_size)  # x
     precision = choose_precision(config.precision, device)
-    steps = config.sampling_steps if steps is None else steps
+    generators = (torch.Generator().manual_seed(int(seed)) for seed in seeds)  # on the CPU: alike everywhere
     together = 512 if device.type == "cuda" else 64  # images
     parts = []
-    for start in tqdm(range(0, len(seeds), together), desc="drawing", unit="batch", dynamic_ncols=True, leave=False):
-        part = slice(start, start + together)
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[part]]  # on the CPU: alike everywhere
+    for part in tqdm(context.split(together), "drawing", leave=False):
         with autocast(device, precision):
-            parts.append(sample(model, context[part], steps, generators))
+            parts.append(sample(model, part, steps or config.sampling_steps, list(islice(generators, len(part)))))
     return (255 * to_unit(torch.cat(parts))).round() / 255
 
 
 # Pictures: images in [0, 1] as pictures to look at --------------------------------------------------------------------
 
 
-def picture_of(images: Tensor, columns: int, scale: int = 2, labels: list[str] | None = None) -> Image.Image:
+def picture_of(images, columns, scale=2, labels=None):
     """[N, C, H, W] in [0, 1] as one picture in `columns` columns, labelled; each pixel is drawn scale × scale."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
     picture = to_pil_image((255 * grid).round().byte())  # rows · (H + 2) + 2 by columns · (W + 2) + 2 pixels
@@ -133,7 +125,7 @@ def picture_of(images: Tensor, columns: int, scale: int = 2, labels: list[str] |
     return picture
 
 
-def picture_of_columns(columns: dict[str, Tensor], scale: int = 2) -> Image.Image:
+def picture_of_columns(columns, scale=2):
     """A labelled column for each tensor, [N, C, H, W] in [0, 1], and a row for each image."""
     grid = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
     return picture_of(grid, len(columns), scale, list(columns))

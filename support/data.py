@@ -5,12 +5,10 @@ import socket
 import sys
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
@@ -28,9 +26,7 @@ DOWNLOADS = {  # torchvision's class, the folder of its files below --data_dir, 
 ENDINGS = (*Image.registered_extensions(), ".avif", ".dng", ".heic", ".heif", ".jxl", ".svg")
 
 
-def load_data(
-    config: SimpleNamespace, data_dir: str | Path, or_digits: bool = False
-) -> tuple[tuple[Tensor, Tensor | None], ...]:
+def load_data(config, data_dir, or_digits=False):
     """The training set and the test set: uint8 [N, channels, image_size, image_size] in 0…255 and labels, int64 [N].
 
     "mnist", "fashion_mnist" and "cifar10" are downloaded into `data_dir` where they are missing there. "folder" is all
@@ -51,8 +47,10 @@ def load_data(
     return draw_digits(60_000, *shape, seed=0), draw_digits(10_000, *shape, seed=1)
 
 
-def load_download(config: SimpleNamespace, data_dir: str | Path, train: bool) -> tuple[Tensor, Tensor]:
+def load_download(config, data_dir, train):
     """`load_data` for one half of MNIST, Fashion-MNIST or CIFAR-10."""
+    if config.dataset not in DOWNLOADS:
+        raise InputError(f"dataset is {config.dataset!r}: it must be folder, digits or one of {', '.join(DOWNLOADS)}")
     kind, folder, files = DOWNLOADS[config.dataset]
     socket.setdefaulttimeout(30)  # seconds: a server that doesn't answer must not hang the lesson
     try:
@@ -70,7 +68,7 @@ def load_download(config: SimpleNamespace, data_dir: str | Path, train: bool) ->
     return images.expand(-1, config.channels, -1, -1).contiguous(), torch.as_tensor(data.targets)
 
 
-def load_folder(config: SimpleNamespace, folder: Path) -> tuple[tuple[Tensor, None], ...]:
+def load_folder(config, folder):
     """The middle squares of all pictures below a folder, resized, for training and for testing.
 
     A square's pixels decide, by their checksum, whether it is among the tenth for testing: so no training picture is
@@ -96,7 +94,7 @@ def load_folder(config: SimpleNamespace, folder: Path) -> tuple[tuple[Tensor, No
     return (torch.stack(train), None), (torch.stack(test), None)
 
 
-def find_pictures(folder: Path) -> list[Path]:
+def find_pictures(folder):
     """All picture files below a folder, sorted, but none that this lesson wrote. Links to folders are not followed."""
     paths = []
     for parent, folders, files in os.walk(folder):
@@ -111,7 +109,7 @@ def find_pictures(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def read_picture(path: str | Path, channels: int) -> Image.Image:
+def read_picture(path, channels):
     """A picture file's first frame, upright, as 8-bit grey (mode L) or RGB. Raises InputError where it can't be read.
 
     What is transparent is laid on black, or on white where nothing on black would be brighter than mid grey, as of a

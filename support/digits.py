@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor
 from torchvision.transforms import functional as TF
 
 # Three ways to write each of the ten digits. A stroke is a row of points "xy" on a 10 x 10 grid (x to the right,
@@ -24,7 +23,7 @@ GLYPH = 64  # pixels on a side of the glyphs that all drawn digits are bent from
 PENS = (4, 5, 7)  # of these widths
 
 
-def draw_glyph(strokes: str, pen: int) -> Tensor:
+def draw_glyph(strokes, pen):
     """Strokes as white ink on black: float [1, GLYPH, GLYPH] in 0…1, the digit in the middle two thirds."""
     picture = Image.new("L", (GLYPH, GLYPH))
     for stroke in strokes.split("|"):
@@ -37,7 +36,7 @@ def draw_glyph(strokes: str, pen: int) -> Tensor:
     return TF.gaussian_blur(TF.to_tensor(picture), 5)
 
 
-def draw_digits(num_images: int, image_size: int = 32, channels: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draw_digits(num_images, image_size=32, channels=1, seed=0):
     """Digits that look handwritten, uint8 [N, channels, image_size, image_size] in 0…255, and labels, int64 [N] in 0…9.
 
     One channel is a white pen on black; three are a coloured pen on a dark coloured ground. Image i depends on the

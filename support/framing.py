@@ -3,12 +3,9 @@
 Those are white on black, fill a box of 20 of the picture's 28 pixels, and have their centre of mass in its middle.
 """
 
-import sys
-
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
-from torch import Tensor
+from PIL import ImageFilter
 from torchvision.transforms import functional as TF
 
 from support.errors import InputError
@@ -17,19 +14,15 @@ BOX = 20 / 28  # of the picture's side: the longer side of the digit's box
 MIDDLE = 14.2 / 28  # of the side: MNIST's centres of mass lie between 14 and 15 of 28
 
 
-def frame_digit(picture: Image.Image, size: int, name: str) -> Tensor:
+def frame_digit(picture, size, name):
     """From a grey picture of any size the framed one, uint8 [1, 1, size, size]: white ink on black.
 
-    A dark digit on a light ground is inverted, with a line on stderr that begins with the picture's name. Shadows are
-    evened out, specks and what touches the border are erased, very thin or thick strokes are brought near MNIST's.
-    Raises InputError where what is left is more than one thing, or has a shape that MNIST's digits don't have.
+    A dark digit on a light ground is inverted. Shadows are evened out, specks and what touches the border are erased,
+    very thin or thick strokes are brought near MNIST's. Raises InputError, which names the picture, where what is left
+    is more than one thing, or has a shape that MNIST's digits don't have.
     """
-    if max(picture.size) > 99 * min(picture.size):
-        raise InputError(f"{name} is a strip of {picture.width}×{picture.height} pixels; give a picture of one digit")
-    picture = ImageOps.contain(picture, (256, 256))  # more pixels would only take more time
-    digit, is_dark = find_digit(picture, name)
-    if is_dark:
-        print(f"{name} has a light ground: inverted to white on black", file=sys.stderr)
+    shrinking = 256 / max(picture.size)  # more pixels would only take more time
+    digit = find_digit(picture.resize([max(1, round(shrinking * side)) for side in picture.size]), name)
     inked = (digit > 0.5).nonzero().float()
     longer = (inked.amax(0) - inked.amin(0)).max() + 1
     side = round(longer.item() / BOX)  # of the square that becomes the picture; it may reach beyond the digit's
@@ -37,8 +30,8 @@ def frame_digit(picture: Image.Image, size: int, name: str) -> Tensor:
     return (255 * TF.resized_crop(digit[None], top, left, side, side, (size, size))).round().byte()[None]
 
 
-def find_digit(picture: Image.Image, name: str) -> tuple[Tensor, Tensor]:
-    """The digit in a picture, as `fit_digit` returns it, and whether its ink is dark.
+def find_digit(picture, name):
+    """The digit in a picture, as `fit_digit` returns it.
 
     Ink that fills the picture is all there is, on a ground of one level. Otherwise the ground is the median of what
     lies around each pixel, and ink that is joined to the border by ink as strong is none of the digit's.
@@ -53,20 +46,19 @@ def find_digit(picture: Image.Image, name: str) -> tuple[Tensor, Tensor]:
             border = inks.clone()
             border[:, 1:-1, 1:-1] = 0
             inks = inks - flood(border, inks)
-        is_dark = inks.square().sum((1, 2)).argmax()
-        ink = inks[is_dark]
+        ink = inks[inks.square().sum((1, 2)).argmax()]
         ink = (ink / ink.quantile(0.998).clamp(min=0.06)).clamp(max=1)
         reached = min(ink.amax(dim).mean() for dim in (0, 1))  # by the digit: of the columns, of the rows
         if ground.ndim or reached > 0.8 and ink[[0, -1]].mean() < 0.6:  # but no frame
             digit = fit_digit(ink)
             if digit is not None:
-                return digit, is_dark
+                return digit
     raise InputError(
         f"{name} shows no single digit on an even ground: crop it, or draw it white on black; --as_is takes it as it is"
     )
 
 
-def fit_digit(ink: Tensor) -> Tensor | None:
+def fit_digit(ink):
     """Of ink, [H, W] in 0…1, the digit, [120, 120], with a pen as MNIST's; None where it is no single digit.
 
     The longer side of its box has 80 pixels before the pen is changed. The limits are those of MNIST's test digits, of
@@ -96,7 +88,7 @@ def fit_digit(ink: Tensor) -> Tensor | None:
     return largest_within(digit, reach) if reach > 0 else -largest_within(-digit, -reach)
 
 
-def flood(image: Tensor, limit: Tensor) -> Tensor:
+def flood(image, limit):
     """Lets the values of [N, H, W] spread to their neighbours, below the limit, until nothing changes."""
     previous = image - 1
     while (image - previous).max() > 0.01:
@@ -105,6 +97,6 @@ def flood(image: Tensor, limit: Tensor) -> Tensor:
     return image
 
 
-def largest_within(image: Tensor, reach: int) -> Tensor:
+def largest_within(image, reach):
     """The largest value of [H, W] around each pixel, in a square of 2 · reach + 1 pixels."""
     return F.max_pool2d(image[None], 2 * reach + 1, stride=1, padding=reach)[0]

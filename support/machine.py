@@ -3,18 +3,17 @@
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from support.errors import InputError
 
 
-def choose_device(name: str | None = None) -> torch.device:
+def choose_device(name=None):
     """The named device, else the first of cuda, mps and cpu; each rank has a GPU of its own.
 
     A GPU that can't compute is left for the CPU, with a line on stderr. Raises InputError where the named device can't
@@ -37,7 +36,7 @@ def choose_device(name: str | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_precision(name: str, device: torch.device) -> str:
+def choose_precision(name, device):
     """The type in which the network computes: "auto" is bfloat16 on a CPU that is faster in it, else float32.
 
     Such CPUs are those with AMX, and AMD's with AVX512-BF16.
@@ -50,18 +49,18 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def choose_layout(device: torch.device, precision: str) -> torch.memory_format:
+def choose_layout(device, precision):
     """How images and weights lie in memory: channels last, but for two cases in which that is slower."""
     slower = device.type == "mps" or (device.type == "cpu" and precision == "bfloat16")
     return torch.contiguous_format if slower else torch.channels_last
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device, precision):
     """The context in which the network computes. It keeps no copies of weights: a recorded step would read old ones."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
-def join_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
+def join_ranks(device, batch_size):
     """This process's rank and the number of ranks, 0 and 1 without torchrun. Only the first rank prints.
 
     Raises InputError where the ranks don't divide the batch.
@@ -74,12 +73,12 @@ def join_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
     if batch_size % ranks:
         raise InputError(f"batch_size is {batch_size}: {ranks} ranks don't divide it")
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = None
     return rank, ranks
 
 
 @contextmanager
-def first_rank_first(rank: int, ranks: int) -> Iterator[None]:
+def first_rank_first(rank, ranks):
     """The first rank runs the block before the others, which then find what it has downloaded."""
     if rank > 0:
         dist.barrier()
@@ -88,7 +87,7 @@ def first_rank_first(rank: int, ranks: int) -> Iterator[None]:
         dist.barrier()
 
 
-def record(step: Callable[[], Tensor], device: torch.device, ranks: int) -> Callable[[], Tensor]:
+def record(step, device, ranks):
     """The same training step, which a GPU repeats from a recording: one launch instead of about a thousand.
 
     Such small kernels take a GPU less time than Python takes to launch them, one by one. A CUDA graph launches all of
@@ -100,28 +99,28 @@ def record(step: Callable[[], Tensor], device: torch.device, ranks: int) -> Call
     """
     if device.type != "cuda" or ranks > 1:
         return step
-    graph, stream, calls, captured = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), 0, None
+    stream = torch.cuda.Stream(device)
 
-    def recorded() -> Tensor:
-        nonlocal calls, captured
-        calls += 1
-        if calls == 4:
-            captured = capture(graph, step, device)
-        if captured is not None:
-            graph.replay()
-            return captured
-        if calls >= 4:
-            return step()
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            loss = step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        return loss
+    def losses():
+        for _ in range(3):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                loss = step()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            yield loss
+        graph = torch.cuda.CUDAGraph()
+        loss = capture(graph, step, device)
+        while True:
+            if loss is None:
+                yield step()
+            else:
+                graph.replay()
+                yield loss
 
-    return recorded
+    return partial(next, losses())
 
 
-def capture(graph: torch.cuda.CUDAGraph, step: Callable[[], Tensor], device: torch.device) -> Tensor | None:
+def capture(graph, step, device):
     """Captures a step, which isn't run, in a graph: what the step returns, or None and a line where that fails."""
     generator = torch.cuda.default_generators[device.index or 0]
     unharmed = generator.clone_state()  # a failed capture leaves the generator as if it were still captured

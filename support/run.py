@@ -5,13 +5,9 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from support.errors import InputError
@@ -21,26 +17,25 @@ try:
 except ImportError:  # on Windows, where nothing keeps two runs out of one folder
     fcntl = None
 
-BAR_EVERY = 10  # steps between readings of the loss, each of which waits for the device
 LOG_EVERY = 100  # steps between two rows of the log
 RESULTS = [  # what a new run moves aside
     "checkpoint.pt", "log.csv", "progress.png", "refinement-*.png", "[hls]r-*.png", "results.md", "comparison.png",
 ]  # fmt: skip
-PLACE = ("images", "step", "log", "samples", "loss_sum")  # what a checkpoint tells of where a run is
+PLACE = ("num_images", "step", "log", "samples", "loss_sum")  # what a checkpoint tells of where a run is
 RESUMED = ("config", "model", "ema", "optimizer", *PLACE)  # what a run needs to go on
+STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no SIGHUP
 
 
-def load_checkpoint(path: str | Path, parts: tuple[str, ...] = ("config", "step", "ema")) -> dict:
+def load_checkpoint(path, parts=("config", "step", "ema")):
     """These parts of what `save_checkpoint` wrote, on the CPU. Raises InputError where they can't be had."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {part: checkpoint[part] for part in parts}
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}; it needs {', '.join(parts)}"
-        raise InputError(f"{path} is no checkpoint to use here ({reason}); give another") from None
+        raise InputError(f"{path} is no checkpoint with {', '.join(parts)} ({type(error).__name__}): give another") from None
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
+def save_checkpoint(path, checkpoint):
     """Writes nested dictionaries of tensors and plain values: at every moment the file is the old or the new one."""
     buffer, beside = io.BytesIO(), path.with_name(f"{path.name}.tmp")
     torch.save(checkpoint, buffer)  # straight to a full disk it would raise RuntimeError
@@ -51,73 +46,65 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 class Run:
     """A run in its folder: `steps` goes through the training, `after` writes what is due after a step.
 
-    `parts` are the modules and the optimizer that a checkpoint keeps, `data` the images for training and for testing,
-    whose numbers it keeps. `samples` are the first eight samples of each grid, by step, and `loss_sum` is the sum of
-    the losses since the last row of the log. A run that doesn't go on from a checkpoint moves the files of an earlier
-    one to a folder earlier-1, earlier-2, …. Raises InputError where another run is in the folder, or the checkpoint is
-    of other images. Of several ranks only the first writes.
+    `parts` are the modules and the optimizer that a checkpoint keeps. `samples` are the first eight samples of each
+    grid, by step, and `loss_sum` is the sum of the losses since the last row of the log. A run that doesn't go on from
+    a checkpoint moves the files of an earlier one to a folder earlier-1, earlier-2, …. Raises InputError where another
+    run is in the folder, or the checkpoint was trained on another number of images. Of several ranks only the first
+    writes.
     """
 
-    def __init__(self, folder: Path, config: SimpleNamespace, parts: dict, data: tuple, checkpoint: dict | None):
+    def __init__(self, folder, config, parts, num_images, checkpoint):
         self.folder, self.config, self.parts = folder, config, parts
         self.received = None  # the number of the signal that asks to stop
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
-        images = [len(part) for part in data]
-        place = checkpoint or {"images": images, "step": 0, "log": [], "samples": {}, "loss_sum": 0.0}
-        self.images, self.step, self.log, self.samples, self.loss_sum = (place[name] for name in PLACE)
-        self.loss_sum = float(self.loss_sum)  # a checkpoint's is a tensor on the CPU
-        if images != self.images:
-            raise InputError(f"there are {images} images, not {self.images}: a resumed run can't change its data")
+        start = {"num_images": num_images, "step": 0, "log": [], "samples": {}, "loss_sum": 0.0}
+        for name in PLACE:
+            setattr(self, name, (checkpoint or start)[name])
+        if num_images != self.num_images:
+            raise InputError(f"there are {num_images} images, not {self.num_images}: a resumed run can't change its data")
         options = parts["optimizer"].param_groups  # a run's own
         for name, part in parts.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
         parts["optimizer"].param_groups = options
         if self.is_first:
-            self.take_folder(moving=not checkpoint)
+            self.take_folder()
 
-    def take_folder(self, moving: bool) -> None:
+    def take_folder(self):
         """Makes the folder, keeps other runs out of it, and moves the files of an earlier run aside."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")  # until the process ends
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            earlier = [path for name in RESULTS for path in self.folder.glob(name)]
             number = 1
             while (aside := self.folder / f"earlier-{number}").exists():
                 number += 1
-            for path in earlier if moving else ():
+            for path in [path for name in RESULTS for path in self.folder.glob(name) if self.step == 0]:
                 aside.mkdir(exist_ok=True)
                 path.rename(aside / path.name)
             self.write_log()  # a resumed run's may be older than its checkpoint
         except OSError as error:
-            reason = "another run writes to it" if isinstance(error, BlockingIOError) else error.strerror
-            raise InputError(f"{self.folder} can't be used ({reason}); give another --output_dir") from None
+            hint = "perhaps another run writes to it; give another --output_dir"
+            raise InputError(f"{self.folder} can't be used ({error.strerror}): {hint}") from None
 
-    def steps(self) -> Iterator[int]:
+    def steps(self):
         """The steps that are left, with a bar. Ctrl-C, SIGTERM and SIGHUP are left to `after`, which saves and ends."""
-        handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
+        for number in STOPPING:
             ignored = signal.getsignal(number) == signal.SIG_IGN  # as under nohup
             if not ignored and not dist.is_initialized():  # ranks would stop after different steps
-                handlers.setdefault(number, signal.signal(number, self.receive))
+                signal.signal(number, self.receive)
         last = self.config.num_training_steps
         left = range(self.step + 1, last + 1)
-        self.bar = tqdm(left, initial=self.step, total=last, unit="step", dynamic_ncols=True, disable=not self.is_first)
-        try:
-            for self.step in self.bar:
-                yield self.step
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        self.bar = tqdm(left, initial=self.step, total=last, unit="step", disable=not self.is_first)
+        for self.step in self.bar:
+            yield self.step
         print(f"all {self.step} steps are done; to judge the model: python evaluate.py {self.folder / 'checkpoint.pt'}")
 
-    def receive(self, number: int, _) -> None:
+    def receive(self, number, _):
         self.received = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the script at once
+        signal.signal(number, signal.default_int_handler)  # a second one ends the script at once
 
-    def after(self, loss: Tensor, draw: Callable[[], dict]) -> None:
+    def after(self, loss, draw):
         """Writes what is due after a step; `draw` writes a grid and returns its metrics.
 
         After a signal it saves and ends the script. What can't be written is named, and tried again when it is next
@@ -126,47 +113,41 @@ class Run:
         if not self.is_first:
             return
         step, config = self.step, self.config
-        self.loss_sum += loss
-        is_last = step == config.num_training_steps
-        is_grid = is_last or step % config.sample_every == 0 or step in config.early_samples
+        self.loss_sum = self.loss_sum + loss
+        is_grid = step in (*config.early_samples, config.num_training_steps) or step % config.sample_every == 0
         is_row = is_grid or step % LOG_EVERY == 0
-        is_stopped = self.received is not None and not is_last
-        if step % BAR_EVERY == 0:
-            self.bar.set_postfix_str(f"loss {loss.item():.4f}")
-        if not (is_row or is_stopped):
+        if not (is_row or self.received):
             return
-        if not all(values.isfinite().all() for values in (self.loss_sum, *self.parts["model"].parameters())):
-            hint = "nothing is saved; give a lower --learning_rate"
-            raise InputError(f"the loss or a weight is not finite after step {step}: {hint}")
+        if not sum([self.loss_sum, *(weights.sum() for weights in self.parts["model"].parameters())]).isfinite():
+            raise InputError(f"loss or weights are not finite after step {step}, nothing is saved: lower --learning_rate")
         try:
             if is_row:
                 mean_loss = self.loss_sum / (step - (self.log[-1]["step"] if self.log else 0))
-                numbers = {"loss": mean_loss, "learning_rate": self.parts["optimizer"].param_groups[0]["lr"]}
-                numbers |= draw() if is_grid else {}
-                row = {name: f"{number:.6g}" for name, number in numbers.items()}
-                self.log.append({"dataset": config.dataset, "step": step, **row})
+                numbers = {"loss": mean_loss} | (draw() if is_grid else {})
+                self.log.append({"step": step} | {name: f"{number:.6g}" for name, number in numbers.items()})
+                self.bar.set_postfix(loss=self.log[-1]["loss"])
                 self.loss_sum = 0.0
-            if is_grid or is_stopped:
+            if is_grid or self.received:
                 self.save()
             self.write_log()
         except OSError as error:
             reason = f"{self.folder} can't be written to ({error.strerror or error})"
-            if is_last or is_stopped:
+            if self.received or step == config.num_training_steps:
                 raise InputError(f"{reason}; make room, or give another --output_dir") from None
             print(f"\n{reason}; going on", file=sys.stderr)
-        if is_stopped:
+        if self.received:
             self.bar.close()
             print(f"stopped after step {step}; the same command with --resume goes on from there")
             sys.exit(128 + self.received)
 
-    def write_log(self) -> None:
+    def write_log(self):
         with open(self.folder / "log.csv", "w") as file:
             columns = max(self.log, key=len, default=())  # a row with a grid has all of them
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.log)
 
-    def save(self) -> None:
+    def save(self):
         """Writes the checkpoint."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         place = {name: getattr(self, name) for name in PLACE}

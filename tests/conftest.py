@@ -95,7 +95,7 @@ def failure(tmp_path, capsys):
         before = snapshot(tmp_path)
         with pytest.raises(SystemExit, match="^2$"):
             function(*arguments, **options)
-        (line,) = re.findall(f"{Path(sys.argv[0]).name}: (.+)", capsys.readouterr().err)
+        (line,) = re.findall("(?:^|: )error: (.+)", capsys.readouterr().err, re.MULTILINE)
         assert snapshot(tmp_path) == before
         return line
 

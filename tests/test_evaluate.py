@@ -59,20 +59,16 @@ def judged(tmp_path_factory):
 def test_the_table_has_a_row_for_each_method(judged):
     headings = "PSNR ↑ | SSIM ↑ | consistency ↓ | colour shift ↓ | accuracy | Fréchet distance ↓"
     assert judged.text.startswith(f"|  | {headings} | fool rate → 50% | spread / error → 1 | calibration error ↓ |\n")
-    assert list(judged.scores) == ["real digits", "bicubic", "regression", "SR3", "a perfect sampler"]
+    assert list(judged.scores) == ["real images", "bicubic", "regression", "SR3", "a perfect sampler"]
     assert "\n\n70 test images of digits, 4×4 → 16×16. regression: 20 training steps. SR3: 20 training" in judged.text
     assert cells(judged.folder / "comparison.png", scale=3).shape[:2] == (5, 8)
 
 
-def test_judges_are_kept_errors_are_not_printed_and_a_name_that_is_no_text_costs_nothing(
-    judged, tmp_path, monkeypatch, capsys
-):
-    output = shutil.copytree(judged.folder, tmp_path / "output")
-    monkeypatch.delattr(torch.optim, "Adam")  # nothing can be trained
-    path = shutil.copy(judged.paths[0], os.fsdecode(bytes(output) + b"/\xff.pt"))
-    text, scores = judge(output, *judged.paths, path, "--num_images", 5)
-    assert capsys.readouterr().out == re.sub(r" ± [\d.]+", "", text) and "±" in text
-    assert scores.keys() - judged.scores.keys() == {f"SR3 ({output}/?.pt)"}
+def test_a_second_model_of_a_kind_has_a_row_even_if_its_name_is_no_text(judged, tmp_path, capsys):
+    path = shutil.copy(judged.paths[0], os.fsdecode(bytes(tmp_path) + b"/\xff.pt"))
+    text, scores = judge(tmp_path, *judged.paths, path, "--num_images", 5)
+    assert capsys.readouterr().out.encode(errors="replace").decode() == text
+    assert scores.keys() - judged.scores.keys() == {f"SR3 ({tmp_path}/?.pt)"}
 
 
 def test_figures_agree_with_independent_arithmetic(judged):
@@ -87,7 +83,7 @@ def test_figures_agree_with_independent_arithmetic(judged):
     assert judged.scores["regression"][7] == [0, 0]
     verdicts = 100 * torch.stack([metrics.fool_rate(truth, truth, context, seed) for seed in range(3)], dim=1)
     fooled = score(verdicts, statistic=torch.nanmean, luck=verdicts.nanmean(dim=0).std() / 3**0.5)
-    *_, frechet, real_fooled, _, _ = judged.scores["real digits"]
+    *_, frechet, real_fooled, _, _ = judged.scores["real images"]
     assert real_fooled == fooled
 
     right = judged.guess.gather(1, judged.labels[:, None])  # how often p(y | x) draws the right digit
@@ -123,10 +119,9 @@ def test_pictures_without_labels_have_no_classes_to_judge_and_one_is_enough(tmp_
 
 def test_bad_input_is_refused_in_one_line_before_anything_is_done(judged, tmp_path, failure, monkeypatch):
     monkeypatch.setattr(evaluate, "load_data", raising(AssertionError("it has begun")))
-    path, *others = judged.paths
+    path, _ = judged.paths
     for words, *arguments in (
         ("mnist-1x4-32", path, ROOT / "output/reference/8x/sr3.pt"),
-        ("give different checkpoints", path, *others, path),
         ("sampling_steps is 2001", path, "--sampling_steps", 2001),
     ):
         assert words in failure(judge, tmp_path / "new", *arguments) and not (tmp_path / "new").exists()

@@ -34,7 +34,7 @@ def draw(files, tmp_path):
 
     def draw(*arguments):
         call(sample, "--output", output, "--device", "cpu", *(files.get(name, name) for name in arguments))
-        return cells(output, scale=6).int()
+        return cells(output, scale=3).int()
 
     return draw
 
