@@ -3,11 +3,11 @@
     python evaluate.py output/reference/8x/sr3.pt output/reference/8x/regression.pt --output_dir output/8x
     python evaluate.py output/checkpoint.pt --num_images 200 --num_samples 24
 
-Takes checkpoints of SR3 and of the regression, of one data set, in any order. Prints a table, and writes to
---output_dir results.md, the table with standard errors, comparison.png, samples for five images from ambiguous to
-clear, and the networks that judge, for the next time. A figure is that of one sample for each image, but for
-spread / error, which takes two. Three samples or more are also asked whether they doubt where they should: lists below
-the table tell, of samples that agree with a certain share of those for the same image, how often they are right.
+Takes checkpoints of SR3 and of the regression, of one data set, in any order. Prints a table with standard errors, and
+writes it to results.md in --output_dir, with comparison.png: samples for five images from ambiguous to clear. A figure
+is that of one sample for each image, but for spread / error, which takes two. Three samples or more are also asked
+whether they doubt where they should: lists below the table tell, of samples that agree with a certain share of those
+for the same image, how often they are right.
 """
 
 from pathlib import Path

@@ -17,15 +17,15 @@ class Console:
     """A stream that drops what can't be written: a closed terminal must not end a run, nor cost a checkpoint."""
 
     def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
+        self.stream = stream  # None where it was closed before Python started
+        with suppress(AttributeError):  # None has no such method, nor has a notebook's stream
             stream.reconfigure(errors="replace")  # a letter that the console doesn't have becomes a question mark
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        with suppress(OSError, ValueError, AttributeError):  # the last two if it is closed: Python may have None for it
+        with suppress(Exception):  # whatever it is
             self.stream.write(text)
             self.stream.flush()
 

@@ -112,11 +112,11 @@ class Run:
         """
         if not self.is_first:
             return
-        step, config = self.step, self.config
+        step, config, signaled = self.step, self.config, self.received  # one that comes from here on waits for a step
         self.loss_sum = self.loss_sum + loss
         is_grid = step in (*config.early_samples, config.num_training_steps) or step % config.sample_every == 0
         is_row = is_grid or step % LOG_EVERY == 0
-        if not (is_row or self.received):
+        if not (is_row or signaled):
             return
         if not sum([self.loss_sum, *(weights.sum() for weights in self.parts["model"].parameters())]).isfinite():
             raise InputError(f"loss or weights are not finite after step {step}, nothing is saved: lower --learning_rate")
@@ -127,18 +127,18 @@ class Run:
                 self.log.append({"step": step} | {name: f"{number:.6g}" for name, number in numbers.items()})
                 self.bar.set_postfix(loss=self.log[-1]["loss"])
                 self.loss_sum = 0.0
-            if is_grid or self.received:
+            if is_grid or signaled:
                 self.save()
             self.write_log()
         except OSError as error:
             reason = f"{self.folder} can't be written to ({error.strerror or error})"
-            if self.received or step == config.num_training_steps:
+            if signaled or step == config.num_training_steps:
                 raise InputError(f"{reason}; make room, or give another --output_dir") from None
             print(f"\n{reason}; going on", file=sys.stderr)
-        if self.received:
+        if signaled:
             self.bar.close()
             print(f"stopped after step {step}; the same command with --resume goes on from there")
-            sys.exit(128 + self.received)
+            sys.exit(128 + signaled)
 
     def write_log(self):
         with open(self.folder / "log.csv", "w") as file:
@@ -149,6 +149,6 @@ class Run:
 
     def save(self):
         """Writes the checkpoint."""
-        states = {name: part.state_dict() for name, part in self.parts.items()}
         place = {name: getattr(self, name) for name in PLACE}
-        save_checkpoint(self.folder / "checkpoint.pt", {"config": vars(self.config), **place, **states})
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(self.folder / "checkpoint.pt", {"config": vars(self.config)} | place | states)

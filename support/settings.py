@@ -25,7 +25,7 @@ ABOVE = {"image_size": 10, "dropout": -1e-9, "warmup_steps": -1, "seed": -1}
 
 def read_toml(path):
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
     except ValueError as error:  # also of a file that is no text
         raise InputError(f"{path} is not valid TOML: {error}") from None
 
@@ -44,11 +44,11 @@ def positive(text):
 def add_settings(parser):
     """Adds every setting as a flag, explained by its comment in mnist.toml. What is not given is left out."""
     parser.add_argument("--config_path", help="a file of settings that differ from configs/mnist.toml")
-    comments = dict(re.findall(r"^(\w+) = .*?# (.*)$", MNIST.read_text(encoding="utf-8"), re.MULTILINE))
+    comments = dict(re.findall(r"^(\w+) = .*?# (.*)$", MNIST.read_text("utf-8"), re.MULTILINE))
     for name, default in DEFAULTS.items():
         options = {"type": int, "nargs": "*"} if isinstance(default, list) else {"type": type(default)}
-        explained = f"{comments.get(name)}; default: {default}".replace("%", "%%")
-        parser.add_argument(f"--{name}", help=explained, default=SUPPRESS, **options)
+        about = f"{comments.get(name)}; default: {default}".replace("%", "%%")
+        parser.add_argument(f"--{name}", help=about, default=SUPPRESS, **options)
 
 
 def parse_settings(flags, resumed=None):
