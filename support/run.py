@@ -32,7 +32,7 @@ def load_checkpoint(path, parts=("config", "step", "ema")):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {part: checkpoint[part] for part in parts}
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise InputError(f"{path} is no checkpoint with {', '.join(parts)} ({type(error).__name__}): give another") from None
+        raise InputError(f"{path} is no checkpoint to use here ({type(error).__name__}: {error!s:.60}): give another") from None
 
 
 def save_checkpoint(path, checkpoint):

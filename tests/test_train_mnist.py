@@ -220,7 +220,7 @@ REFUSED = {
     "--config_path damaged/checkpoint.pt": "damaged/checkpoint.pt is not valid TOML",
     "--dataset folder --data_dir no": "no; give another --data_dir",
     "--output_dir damaged/log.csv": "log.csv can't be used (File exists): perhaps another run writes to it; give another --output_dir",
-    "--output_dir damaged --resume": "damaged/checkpoint.pt is no checkpoint with config",
+    "--output_dir damaged --resume": "damaged/checkpoint.pt is no checkpoint to use here",
 }
 
 
