@@ -5,9 +5,9 @@ predict that noise, with the low-resolution image x beside it (section 2.2, Algo
 noise, which is removed step by step (section 2.3, Algorithm 2). Last comes the paper's regression baseline.
 
 y_0 is [B, C, H, W] in [-1, 1]. x has the same shape and range: it is the low-resolution image, already enlarged to the
-size of y_0; the code calls it `context`. U is the U-Net that f_θ is computed from; in the paper f_θ is U itself, see
-`predict_noise`. γ, `gamma`, is a noise level: the share of y_0's energy that is left, from 1 (no noise) to 0.
-This file needs torch and einops only. To use SR3 in a project of your own, copy it together with unet.py, or pass in
+size of y_0; the code calls it `context`. U is the U-Net. In the paper it is f_θ itself; here f_θ is computed from its
+output, see `predict_noise`. γ, `gamma`, is a noise level: the share of y_0's energy that is left, from 1 (no noise) to
+0. This file needs torch and einops only. To use SR3 in a project of your own, copy it together with unet.py, or pass in
 any network that is called as unet(x, y_t, gamma), with gamma [B], and returns [B, C, H, W].
 """
 
@@ -97,18 +97,18 @@ class SR3(nn.Module):
 
     @torch.no_grad()
     def refine(self, context: Tensor, steps: int, generators: Generators = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_t that it arrives at and the ŷ_0 at its start.
+        """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_s that it leads to and the ŷ_0 at its start.
 
-        The last y_t is y_0, the image, in [-1, 1]. A step leads from γ_t to γ_s, the next of the chosen levels, where
-        the paper has t - 1. Four things are not the paper's: which levels there are; the clamp in `estimate`;
-        `look_ahead`; and the variance of (4), where the paper has 1 - α_t. With few steps, that would leave grain.
+        A step leads from γ_t to γ_s, the next of the chosen levels, where the paper has t - 1. The last y_s is y_0, the
+        image, in [-1, 1]. Besides f_θ, four things are not the paper's: which levels there are; the clamp in
+        `estimate`; `look_ahead`; and the variance of (4). The paper's 1 - α_t would leave grain after few steps.
         """
         y_t, earlier = draw_noise(context, generators), None  # line 1: y_T ~ N(0, I)
         for gamma_t, gamma_s in pairwise(self.levels(steps)):  # line 2: for t = T … 1
             z = draw_noise(context, generators) if gamma_s < 1 else 0  # line 3: z ~ N(0, I), but 0 in the last step
             y_0_hat = self.estimate(context, y_t, gamma_t)  # equation (10)
             y_0_ahead = look_ahead(y_0_hat, gamma_t, gamma_s, earlier)
-            mean, variance = posterior(y_0_ahead, y_t, gamma_t, gamma_s)  # equation (4); with y_0_hat, (11) is its mean
+            mean, variance = posterior(y_0_ahead, y_t, gamma_t, gamma_s)  # equation (4); for y_0_hat, its mean is (11)
             y_t = mean + variance**0.5 * z  # line 4
             yield y_t, y_0_hat
             earlier = y_0_hat, gamma_t  # for the next step; line 5 ends the loop, and line 6 is `sample`

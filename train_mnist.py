@@ -54,8 +54,10 @@ def main(arguments=None):
     torch.manual_seed(config.seed)
     model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     ema = deepcopy(model).eval().requires_grad_(False)  # the moving average of its weights, which makes the samples
-    rate, share = torch.zeros(2, device=device)  # the learning rate, and each new weight's share in the average
+    # The learning rate, and each new weight's share in the average: both are filled before each step.
+    rate, share = torch.zeros(2, device=device)
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
+    # From here on the folder is this run's. A checkpoint's states are loaded; the optimizer's rate stays the one above.
     run = Run(folder, config, {"model": model, "ema": ema, "optimizer": optimizer}, len(images), checkpoint)
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
     print(f"{config.dataset}: {len(images):,} images; {ranks} × {device.type}, {precision}; pictures go into {folder}")
@@ -79,10 +81,10 @@ def main(arguments=None):
         return loss.detach()
 
     training_step = machine.record(training_step, device, ranks)  # on one GPU a CUDA graph, elsewhere unchanged
-    for step in run.steps():  # line 1, "until converged": from where a resumed run stopped to num_training_steps
+    for step in run.steps():  # lines 1 and 6: from 1, or from where a resumed run stopped, to num_training_steps
         torch.manual_seed(1_000_000 * config.seed + ranks * step + rank)  # a resumed run draws what an unbroken one did
         rate.fill_(config.learning_rate * min(1, step / max(1, config.warmup_steps)))
-        share.fill_(9 / (10 + step))  # so the weights in the average are a tenth of the training old
+        share.fill_(9 / (10 + step))  # so the weights in the average are a tenth of the training old, on average
         loss = training_step()
         run.after(loss, lambda: draw(ema, grid_images, precision, run))  # what is due: log, grids, checkpoint
 
@@ -91,7 +93,7 @@ def draw(model, images, precision, run):
     """Super-resolves the same images from the same noise each time, writes grids, and returns metrics for the log.
 
     Grids: hr, the targets; lr, the inputs; sr, the results; refinement, the estimates ŷ_0 at up to six noise levels;
-    progress, the results after fewer training steps beside today's.
+    progress, the results after fewer training steps beside this one's.
     """
     config, step = run.config, run.step
     high_res, low_res, context = make_pair(images, config.low_res_size)  # [64, C, H or h, W or w]
@@ -112,7 +114,7 @@ def draw(model, images, precision, run):
     columns |= {"result": result[:8], "truth": truth[:8]}
     picture_of_columns(columns).save(run.folder / f"refinement-{step:06d}.png")
 
-    # Their results so far; from column to column at least twice the training steps.
+    # Of the same eight, the results so far; from column to column at least twice the training steps.
     run.samples[step] = (255 * result[:8]).round().byte()
     chosen = [step]
     for earlier in sorted(run.samples, reverse=True):

@@ -32,7 +32,8 @@ def load_checkpoint(path, parts=("config", "step", "ema")):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {part: checkpoint[part] for part in parts}
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise InputError(f"{path} is no checkpoint to use here ({type(error).__name__}: {error!s:.60}): give another") from None
+        reason = f"{type(error).__name__}: {error!s:.60}"
+        raise InputError(f"{path} is no checkpoint to use here ({reason}): give another") from None
 
 
 def save_checkpoint(path, checkpoint):
@@ -61,7 +62,7 @@ class Run:
         for name in PLACE:
             setattr(self, name, (checkpoint or start)[name])
         if num_images != self.num_images:
-            raise InputError(f"there are {num_images} images, not {self.num_images}: a resumed run can't change its data")
+            raise InputError(f"there are {num_images} images, not {self.num_images}: a resumed run must keep its data")
         options = parts["optimizer"].param_groups  # a run's own
         for name, part in parts.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
@@ -119,7 +120,7 @@ class Run:
         if not (is_row or signaled):
             return
         if not sum([self.loss_sum, *(weights.sum() for weights in self.parts["model"].parameters())]).isfinite():
-            raise InputError(f"loss or weights are not finite after step {step}, nothing is saved: lower --learning_rate")
+            raise InputError(f"the loss is not finite after step {step}, and nothing is saved: lower --learning_rate")
         try:
             if is_row:
                 mean_loss = self.loss_sum / (step - (self.log[-1]["step"] if self.log else 0))

@@ -18,9 +18,9 @@ def stripped(text):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_what_is_quoted_is_the_code_and_examples_import_what_exists(block):
-    if block.startswith(("from ", "import ")):
+    if block.startswith(("from ", "import ")):  # some packages are no requirements
         compile(block, "README.md", "exec")
-        for line in re.findall(r"^(?:from|import) (?!sklearn|matplotlib).*", block, re.MULTILINE):  # they are no requirements
+        for line in re.findall(r"^(?:from|import) (?!sklearn|matplotlib).*", block, re.MULTILINE):
             exec(line)
     else:
         code = [stripped((ROOT / f"{name}.py").read_text("utf-8")) for name in ("train_mnist", "sr3", "unet", "utils")]
