@@ -60,8 +60,7 @@ def main(arguments=None):
         images, labels, answers = (some.to(device) for some in (images, labels, test_labels[numbers]))
         classifier = train_classifier(images / 255, labels)
         real_features = predict(classifier[:-1], tests.to(device) / 255)  # [M, 64]
-        shrunk = to_unit(make_pair(images, config.low_res_size)[1])
-        guesser = train_guesser(shrunk, labels)
+        guesser = train_guesser(to_unit(make_pair(images, config.low_res_size)[1]), labels)
         guess = predict(guesser, low_res).softmax(dim=1)  # p(class | x), [N, classes]
 
     # 3. Outputs, [samples, N, C, H, W]: sample j for image n of the test set has the seed n + j · M, which no other has

@@ -111,7 +111,8 @@ def fool_rate(images, reference, context, seed=0, noise=0.1):
     says that it can't tell them apart. It learns from a random half of the images and is asked about the others; the
     first have NaN. The seed decides the half and whatever else is luck: judges of several seeds tell how much that is.
     `noise` is the standard deviation of noise in its eyes, new at each look: with 0 it sees what no person sees, such
-    as whether black is 0 or 1 of 255, and is hardly ever fooled. All three are [B, C, H, W], B at least 2.
+    as whether black is 0 or 1 of 255, and is hardly ever fooled. The images, the reference and the context are
+    [B, C, H, W] each, B at least 2.
     """
     generator = torch.Generator().manual_seed(seed)
     learned, asked = torch.randperm(len(images), generator=generator).tensor_split([len(images) // 2])
@@ -178,7 +179,7 @@ def small_network(channels, outputs, device, seed=0):
 def train_network(network, loss, examples, passes, batch_size=64, max_rate=0.005, seed=0):
     """The network, trained on loss(indices of examples), in evaluation mode.
 
-    The examples come in random order, all of them in each pass, and in the same order every time.
+    All examples come in each pass, in a random order that the seed decides.
     """
     generator = torch.Generator().manual_seed(seed)
     batches = [

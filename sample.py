@@ -55,8 +55,10 @@ def main(arguments=None):
     names = [f"sample {j + 1}" for j in range(flags.num_samples)] if config.method == "sr3" else ["regression"]
     seeds = [flags.seed + j for j in range(len(names)) for _ in images]
     samples = super_resolve(model, low_res.repeat(len(names), 1, 1, 1).to(device), seeds, steps).cpu()
-    squares = upsample(low_res, config.image_size, "nearest-exact")
-    columns = {"input": to_unit(squares), "bicubic": to_unit(upsample(low_res, config.image_size))}
+    columns = {
+        "input": to_unit(upsample(low_res, config.image_size, "nearest-exact")),
+        "bicubic": to_unit(upsample(low_res, config.image_size)),
+    }
     columns |= zip(names, samples.split(len(images)))  # [N, C, H, W] each
     if all(image.shape[-1] > config.low_res_size for image in images):
         columns["original"] = to_unit(torch.cat([downsample(image, config.image_size) for image in images]))

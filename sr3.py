@@ -60,10 +60,10 @@ class SR3(nn.Module):
         Why not f_θ = U, as in the paper? Equation (10) would divide the error of U by √γ, which is next to nothing
         when t is near T. f_θ as above equals the noise ε exactly when U equals v = √γ ε - √(1 - γ) y_0, and then (10)
         is the same as ŷ_0 = √γ y_t - √(1 - γ) U, which amplifies nothing. This is the v-prediction of Salimans and Ho
-        (arXiv 2202.00512). U gets y_t in the type of x; the products are float32 even under autocast.
+        (arXiv 2202.00512). The products are float32, even where autocast makes U compute in bfloat16.
         """
         level = rearrange(gamma, "b -> b 1 1 1")  # each image's γ, to multiply the image by
-        return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t.to(context.dtype), gamma).float()
+        return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t, gamma).float()
 
     def forward(self, high_res: Tensor, context: Tensor) -> Tensor:
         """Lines 3 and 4 of Algorithm 1, and the loss of line 5, for a batch of y_0 and x, [B, C, H, W]; a scalar.

@@ -150,7 +150,7 @@ class UNet(nn.Module):
         # γ = 0 and near γ = 1, where γ itself crowds them.
         angle = torch.atan2((1 - gamma).sqrt(), gamma.sqrt())  # [B]
         phases = rearrange(angle, "b -> b 1") * self.frequencies
-        embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1).to(x.dtype))  # [B, embedding_dim]
+        embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1))  # [B, embedding_dim]
 
         h = self.conv_in(torch.cat([x, y_t], dim=1))  # [B, 2C, H, W] -> [B, widths[0], H, W]
         skips = []

@@ -89,7 +89,7 @@ def fit_digit(ink):
 
 
 def flood(image, limit):
-    """Lets the values of [N, H, W] spread to their neighbours, below the limit, until nothing changes."""
+    """Lets the values of [N, H, W] or [H, W] spread to their neighbours, below the limit, until hardly any changes."""
     previous = image - 1
     while (image - previous).max() > 0.01:
         previous = image
@@ -98,5 +98,5 @@ def flood(image, limit):
 
 
 def largest_within(image, reach):
-    """The largest value of [H, W] around each pixel, in a square of 2 · reach + 1 pixels."""
+    """The largest value around each pixel of [N, H, W] or [H, W], in a square of 2 · reach + 1 pixels."""
     return F.max_pool2d(image[None], 2 * reach + 1, stride=1, padding=reach)[0]

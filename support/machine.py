@@ -32,7 +32,7 @@ def choose_device(name=None):
         reason = str(error).splitlines()[0]
     if name or rank:
         raise InputError(f"device {name or found} can't compute here ({reason}); give another --device, or fewer ranks")
-    print(f"{found} is there but can't compute ({reason}); going on on the CPU", file=sys.stderr)
+    print(f"{found} is there but can't compute ({reason}); the CPU is taken instead", file=sys.stderr)
     return torch.device("cpu")
 
 
@@ -50,7 +50,7 @@ def choose_precision(name, device):
 
 
 def choose_layout(device, precision):
-    """How images and weights lie in memory: channels last, but for two cases in which that is slower."""
+    """How weights lie in memory, and so what is computed with them: channels last, but for two cases in which that is slower."""
     slower = device.type == "mps" or (device.type == "cpu" and precision == "bfloat16")
     return torch.contiguous_format if slower else torch.channels_last
 
@@ -130,5 +130,5 @@ def capture(graph, step, device):
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
     generator.graphsafe_set_state(unharmed)
-    print(f"\nthe step can't be recorded ({reason}); going on without", file=sys.stderr)
+    print(f"\nthe step can't be recorded ({reason}); it goes on unrecorded", file=sys.stderr)
     return None

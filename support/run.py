@@ -54,9 +54,10 @@ class Run:
     writes.
     """
 
+    received = None  # the number of the signal that asks to stop
+
     def __init__(self, folder, config, parts, num_images, checkpoint):
         self.folder, self.config, self.parts = folder, config, parts
-        self.received = None  # the number of the signal that asks to stop
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         start = {"num_images": num_images, "step": 0, "log": [], "samples": {}, "loss_sum": 0.0}
         for name in PLACE:
@@ -67,6 +68,8 @@ class Run:
         for name, part in parts.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
         parts["optimizer"].param_groups = options
+        for weights, moments in parts["optimizer"].state.items():  # fused Adam wants both alike in memory
+            moments |= {name: torch.empty_like(weights).copy_(moments[name]) for name in ("exp_avg", "exp_avg_sq")}
         if self.is_first:
             self.take_folder()
 

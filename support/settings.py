@@ -13,7 +13,7 @@ from support.errors import InputError
 
 HERE = Path(__file__).resolve().parent.parent  # the lesson's folder
 MNIST = HERE / "configs/mnist.toml"
-CHOICES = {  # those of dataset are load_data's
+CHOICES = {  # support/data.py has those of dataset
     "method": ("sr3", "regression"),
     "channels": (1, 3),
     "loss_weight": ("1/gamma", "1"),

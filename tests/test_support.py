@@ -72,6 +72,6 @@ def test_a_gpu_that_cannot_compute_is_left_for_the_cpu_in_a_line_unless_it_was_a
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", raising(RuntimeError("no kernel image\nCompile with TORCH_USE")))
     assert machine.choose_device() == torch.device("cpu")
-    assert capsys.readouterr().err == "cuda is there but can't compute (no kernel image); going on on the CPU\n"
+    assert capsys.readouterr().err == "cuda is there but can't compute (no kernel image); the CPU is taken instead\n"
     with pytest.raises(InputError, match="device cuda:1 can't compute here .no kernel image.; give another --device"):
         machine.choose_device("cuda:1")

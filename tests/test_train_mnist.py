@@ -192,6 +192,17 @@ def test_a_new_run_moves_what_earlier_ones_left_but_not_what_is_the_users(copied
     assert [path.name for path in copied.glob("sr-*")] == ["sr-000001.png"]
 
 
+def test_a_run_goes_on_where_weights_lie_differently_in_memory(copied):
+    """As in another precision, or on another device: Adam's moments still belong to their weights."""
+    weights = [torch.cat([values.flatten() for values in checkpoint_of(copied)["model"].values()])]
+    for precision in ("float32", "bfloat16"):
+        output = shutil.copytree(copied, copied.parent / precision)
+        run(output, "--resume", num_training_steps=21, precision=precision)
+        weights.append(torch.cat([values.flatten() for values in checkpoint_of(output)["model"].values()]))
+    start, here, there = weights
+    assert (there - here).norm() < 0.4 * (here - start).norm()
+
+
 def test_a_loss_that_is_not_finite_is_not_saved(copied, monkeypatch, failure):
     forward = SR3.forward
     monkeypatch.setattr(SR3, "forward", lambda *batch: math.nan * forward(*batch))
