@@ -3,7 +3,6 @@
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageOps
-from torch import Tensor
 
 from support.errors import InputError
 from support.framing import frame_digit
@@ -11,17 +10,17 @@ from support.framing import frame_digit
 SEVEN = [(100, 60), (190, 60), (130, 180)]
 
 
-def seven(width: int = 14, ground: int = 0, ink: int = 255) -> Image.Image:
+def seven(width=14, ground=0, ink=255):
     picture = Image.new("L", (300, 240), ground)
     ImageDraw.Draw(picture).line(SEVEN, ink, width, joint="curve")
     return picture
 
 
-def framed(picture: Image.Image) -> Tensor:
+def framed(picture):
     return frame_digit(picture, 28, "my.png")[0, 0] / 255  # [28, 28]
 
 
-def difference(picture: Image.Image) -> float:
+def difference(picture):
     return (framed(picture) - framed(seven())).abs().mean().item()
 
 
@@ -45,16 +44,16 @@ def test_a_thin_or_thick_pen_becomes_as_wide_as_those_of_mnist(width):
     assert 40 < ink < 120  # about 30 pixels of line, 1.8 to 3.4 pixels wide, and its ends
 
 
-def draw_lines(picture: Image.Image) -> None:
+def draw_lines(picture):
     for y in range(10, 240, 25):
         ImageDraw.Draw(picture).line([(0, y), (300, y)], 170, 2)
 
 
-def draw_edge(picture: Image.Image) -> None:
+def draw_edge(picture):
     ImageDraw.Draw(picture).polygon([(300, 0), (300, 240), (260, 240)], 40)
 
 
-def draw_frame(picture: Image.Image) -> None:
+def draw_frame(picture):
     ImageDraw.Draw(picture).rectangle((0, 0, 299, 239), outline=0, width=9)
 
 
@@ -76,19 +75,19 @@ def test_a_digit_that_is_cropped_to_its_box_is_all_there_is(ground, ink):
     assert difference(seven(ground=ground, ink=ink).crop((98, 54, 195, 181))) < 0.03
 
 
-def draw_two(picture: Image.Image) -> None:
+def draw_two(picture):
     ImageDraw.Draw(picture).line([(240, 60), (240, 180)], 255, 14)
 
 
-def draw_box(picture: Image.Image) -> None:
+def draw_box(picture):
     ImageDraw.Draw(picture).rectangle((60, 30, 240, 210), outline=255, width=6)
 
 
-def draw_over(picture: Image.Image) -> None:
+def draw_over(picture):
     picture.paste(0, (0, 0, 300, 240))
 
 
-def draw_card(picture: Image.Image) -> None:
+def draw_card(picture):
     picture.paste(255, (60, 40, 240, 200))
 
 
