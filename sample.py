@@ -44,7 +44,8 @@ def main(arguments=None):
     config = model.config
     steps = flags.sampling_steps or config.sampling_steps
     check(vars(config) | {"sampling_steps": steps, "seed": flags.seed})
-    Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
+    output = Path(flags.output).with_suffix(".png")
+    output.parent.mkdir(parents=True, exist_ok=True)
 
     images = [read_image(path, config, flags.as_is) for path in flags.pictures]
     images = images or draw_digits(8, config.image_size, config.channels, flags.seed)[0].split(1)
@@ -62,8 +63,8 @@ def main(arguments=None):
     columns |= zip(names, samples.split(len(images)))  # [N, C, H, W] each
     if all(image.shape[-1] > config.low_res_size for image in images):
         columns["original"] = to_unit(torch.cat([downsample(image, config.image_size) for image in images]))
-    picture_of_columns(columns, scale=3).save(flags.output, "PNG")
-    print(f"{flags.output}: {len(images)} × {len(names)} samples, seed {flags.seed}")
+    picture_of_columns(columns, scale=3).save(output)
+    print(f"{output}: {len(images)} × {len(names)} samples, seed {flags.seed}")
 
 
 def read_image(path, config, as_is):

@@ -57,8 +57,9 @@ def main(arguments=None):
     # The learning rate, and each new weight's share in the average: both are filled before each step.
     rate, share = torch.zeros(2, device=device)
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
-    # From here on the folder is this run's. A checkpoint's states are loaded; the optimizer's rate stays the one above.
-    run = Run(folder, config, {"model": model, "ema": ema, "optimizer": optimizer}, len(images), checkpoint)
+    # From here on the folder is this run's. Run loads a checkpoint's states, but the rate stays the tensor above.
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    run = Run(folder, config, parts, [len(images), len(test_images)], checkpoint)
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
     print(f"{config.dataset}: {len(images):,} images; {ranks} × {device.type}, {precision}; pictures go into {folder}")
 
@@ -122,8 +123,11 @@ def draw(model, images, precision, run):
             chosen.insert(0, earlier)
     columns = {f"step\n{number:,}": run.samples[number] / 255 for number in chosen}
     picture_of_columns(columns | {"truth": truth[:8]}).save(run.folder / "progress.png")
-    scores = {"psnr": psnr(result, truth), "ssim": ssim(result, truth), "consistency": consistency(result, small)}
-    return {name: values.mean() for name, values in scores.items()}
+    return {
+        "psnr": psnr(result, truth).mean(),
+        "ssim": ssim(result, truth).mean(),
+        "consistency": consistency(result, small).mean(),
+    }
 
 
 if __name__ == "__main__":

@@ -115,10 +115,10 @@ class UNet(nn.Module):
         last = len(widths) - 1
         embedding_dim = 4 * features
 
-        def block(in_channels: int, out_channels: int, resample: str = "") -> ResidualBlock:
+        def block(in_channels, out_channels, resample=""):
             return ResidualBlock(in_channels, out_channels, embedding_dim, dropout, resample)
 
-        def attention(i: int) -> nn.Module:
+        def attention(i):
             return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
 
         # Frequencies of γ's embedding; `forward` feeds them an angle in [0, π / 2]. 1 is coarse, 1000 the finest.

@@ -82,8 +82,8 @@ def load_model(path, device="cpu"):
     except RuntimeError as error:
         raise InputError(f"{path} is of another version of this lesson, or damaged: {error}") from None
     model.config, model.step = config, checkpoint["step"]
-    precision = choose_precision(config.precision, device)
-    return model.eval().to(device, memory_format=choose_layout(device, precision))
+    layout = choose_layout(device, choose_precision(config.precision, device))
+    return model.eval().to(device, memory_format=layout)
 
 
 def super_resolve(model, low_res, seeds, steps=None):
@@ -100,10 +100,11 @@ def super_resolve(model, low_res, seeds, steps=None):
     precision = choose_precision(config.precision, device)
     generators = (torch.Generator().manual_seed(int(seed)) for seed in seeds)  # on the CPU: alike everywhere
     together = 512 if device.type == "cuda" else 64  # images
+    steps = config.sampling_steps if steps is None else steps
     parts = []
     for part in tqdm(context.split(together), "drawing", leave=False):
         with autocast(device, precision):
-            parts.append(sample(model, part, steps or config.sampling_steps, list(islice(generators, len(part)))))
+            parts.append(sample(model, part, steps, list(islice(generators, len(part)))))
     return (255 * to_unit(torch.cat(parts))).round() / 255
 
 

@@ -1,5 +1,6 @@
 """How a script ends: bad input gives one line and status 2; anything else is a bug and keeps its traceback."""
 
+import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ class Console:
     """A stream that drops what can't be written: a closed terminal must not end a run, nor cost a checkpoint."""
 
     def __init__(self, stream):
-        self.stream = stream  # None where it was closed before Python started
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed before Python started
         with suppress(AttributeError):  # None has no such method, nor has a notebook's stream
             stream.reconfigure(errors="replace")  # a letter that the console doesn't have becomes a question mark
 
@@ -41,4 +42,4 @@ def one_line_errors():
         yield
     except (InputError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
-        sys.exit(2)
+        raise SystemExit(2)

@@ -18,9 +18,8 @@ except ImportError:  # on Windows, where nothing keeps two runs out of one folde
     fcntl = None
 
 LOG_EVERY = 100  # steps between two rows of the log
-RESULTS = [  # what a new run moves aside
-    "checkpoint.pt", "log.csv", "progress.png", "refinement-*.png", "[hls]r-*.png", "results.md", "comparison.png",
-]  # fmt: skip
+# What a new run moves aside.
+RESULTS = "checkpoint.pt log.csv progress.png refinement-*.png [hls]r-*.png results.md comparison.png".split()
 PLACE = ("num_images", "step", "log", "samples", "loss_sum")  # what a checkpoint tells of where a run is
 RESUMED = ("config", "model", "ema", "optimizer", *PLACE)  # what a run needs to go on
 STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no SIGHUP
@@ -32,7 +31,7 @@ def load_checkpoint(path, parts=("config", "step", "ema")):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {part: checkpoint[part] for part in parts}
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        reason = f"{type(error).__name__}: {error!s:.60}"
+        reason = f"{type(error).__name__}; it needs {', '.join(parts)}"
         raise InputError(f"{path} is no checkpoint to use here ({reason}): give another") from None
 
 
@@ -47,11 +46,11 @@ def save_checkpoint(path, checkpoint):
 class Run:
     """A run in its folder: `steps` goes through the training, `after` writes what is due after a step.
 
-    `parts` are the modules and the optimizer that a checkpoint keeps. `samples` are the first eight samples of each
-    grid, by step, and `loss_sum` is the sum of the losses since the last row of the log. A run that doesn't go on from
-    a checkpoint moves the files of an earlier one to a folder earlier-1, earlier-2, …. Raises InputError where another
-    run is in the folder, or the checkpoint was trained on another number of images. Of several ranks only the first
-    writes.
+    `parts` are the modules and the optimizer that a checkpoint keeps, and `num_images` says how many images there are
+    for training and for testing. `samples` are the first eight samples of each grid, by step, and `loss_sum` is the sum
+    of the losses since the last row of the log. A run that doesn't go on from a checkpoint moves the files of an
+    earlier one to a folder earlier-1, earlier-2, …. Raises InputError where another run is in the folder, or the
+    numbers of images are not the checkpoint's. Of several ranks only the first writes.
     """
 
     received = None  # the number of the signal that asks to stop
@@ -64,7 +63,7 @@ class Run:
             setattr(self, name, (checkpoint or start)[name])
         if num_images != self.num_images:
             raise InputError(f"there are {num_images} images, not {self.num_images}: a resumed run must keep its data")
-        options = parts["optimizer"].param_groups  # a run's own
+        options = parts["optimizer"].param_groups  # this run's, with the tensor that is its learning rate
         for name, part in parts.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
         parts["optimizer"].param_groups = options
@@ -88,25 +87,30 @@ class Run:
                 path.rename(aside / path.name)
             self.write_log()  # a resumed run's may be older than its checkpoint
         except OSError as error:
-            hint = "perhaps another run writes to it; give another --output_dir"
-            raise InputError(f"{self.folder} can't be used ({error.strerror}): {hint}") from None
+            reason = "another run writes to it" if isinstance(error, BlockingIOError) else error.strerror
+            raise InputError(f"{self.folder} can't be used ({reason}); give another --output_dir") from None
 
     def steps(self):
         """The steps that are left, with a bar. Ctrl-C, SIGTERM and SIGHUP are left to `after`, which saves and ends."""
+        handlers = {}
         for number in STOPPING:
             ignored = signal.getsignal(number) == signal.SIG_IGN  # as under nohup
             if not ignored and not dist.is_initialized():  # ranks would stop after different steps
-                signal.signal(number, self.receive)
+                handlers[number] = signal.signal(number, self.receive)
         last = self.config.num_training_steps
         left = range(self.step + 1, last + 1)
-        self.bar = tqdm(left, initial=self.step, total=last, unit="step", disable=not self.is_first)
-        for self.step in self.bar:
-            yield self.step
+        self.bar = tqdm(left, initial=self.step, total=last, disable=not self.is_first)
+        try:
+            for self.step in self.bar:
+                yield self.step
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         print(f"all {self.step} steps are done; to judge the model: python evaluate.py {self.folder / 'checkpoint.pt'}")
 
     def receive(self, number, _):
         self.received = number
-        signal.signal(number, signal.default_int_handler)  # a second one ends the script at once
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the script at once
 
     def after(self, loss, draw):
         """Writes what is due after a step; `draw` writes a grid and returns its metrics.
@@ -116,11 +120,13 @@ class Run:
         """
         if not self.is_first:
             return
-        step, config, signaled = self.step, self.config, self.received  # one that comes from here on waits for a step
+        step, config = self.step, self.config
         self.loss_sum = self.loss_sum + loss
-        is_grid = step in (*config.early_samples, config.num_training_steps) or step % config.sample_every == 0
+        is_last = step == config.num_training_steps
+        is_grid = is_last or step in config.early_samples or step % config.sample_every == 0
         is_row = is_grid or step % LOG_EVERY == 0
-        if not (is_row or signaled):
+        is_stopped = self.received and not is_last  # a signal that comes from here on waits for the next step
+        if not (is_row or is_stopped):
             return
         if not sum([self.loss_sum, *(weights.sum() for weights in self.parts["model"].parameters())]).isfinite():
             raise InputError(f"the loss is not finite after step {step}, and nothing is saved: lower --learning_rate")
@@ -131,18 +137,18 @@ class Run:
                 self.log.append({"step": step} | {name: f"{number:.6g}" for name, number in numbers.items()})
                 self.bar.set_postfix(loss=self.log[-1]["loss"])
                 self.loss_sum = 0.0
-            if is_grid or signaled:
+            if is_grid or is_stopped:
                 self.save()
             self.write_log()
         except OSError as error:
             reason = f"{self.folder} can't be written to ({error.strerror or error})"
-            if signaled or step == config.num_training_steps:
+            if is_last or is_stopped:
                 raise InputError(f"{reason}; make room, or give another --output_dir") from None
             print(f"\n{reason}; going on", file=sys.stderr)
-        if signaled:
+        if is_stopped:
             self.bar.close()
             print(f"stopped after step {step}; the same command with --resume goes on from there")
-            sys.exit(128 + signaled)
+            raise SystemExit(128 + self.received)
 
     def write_log(self):
         with open(self.folder / "log.csv", "w") as file:

@@ -61,7 +61,7 @@ def parse_settings(flags, resumed=None):
     settings = before | lines | {name: value for name, value in vars(flags).items() if name in DEFAULTS}
     for name in FIXED if resumed else ():
         if settings[name] != before[name]:
-            raise InputError(f"{name} is {settings[name]}: a resumed run can't change it from {before[name]}")
+            raise InputError(f"{name} is {settings[name]!r}: a resumed run can't change it from {before[name]!r}")
     return check(settings)
 
 

@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_keeps_its_folder_while_it_lives(
         time.sleep(random.random())
         process.send_signal(signal.SIGSTOP)
         monkeypatch.setattr(support.run, "fcntl", pytest.importorskip("fcntl"))
-        assert "can't be used (Resource temporarily unavailable): perhaps another run" in failure(run, killed)
+        assert f"{killed} can't be used (another run writes to it)" in failure(run, killed)
     finally:
         process.kill()
     process.wait()
@@ -230,7 +230,7 @@ REFUSED = {
     "--config_path no.toml": "no.toml",
     "--config_path damaged/checkpoint.pt": "damaged/checkpoint.pt is not valid TOML",
     "--dataset folder --data_dir no": "no; give another --data_dir",
-    "--output_dir damaged/log.csv": "log.csv can't be used (File exists): perhaps another run",
+    "--output_dir damaged/log.csv": "log.csv can't be used (File exists); give another --output_dir",
     "--output_dir damaged --resume": "damaged/checkpoint.pt is no checkpoint to use here",
 }
 
