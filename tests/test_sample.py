@@ -29,12 +29,15 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def draw(files, tmp_path):
-    """Called with names of files and flags, runs sample.py: the cells, int [rows, columns, 3, 16, 16]."""
-    output = tmp_path / "new/folder/samples.png"
+    """Called with names of files and flags, runs sample.py: the cells, int [rows, columns, 3, 16, 16].
+
+    The result is a PNG, whatever name is given.
+    """
+    output = tmp_path / "new/folder/samples.pt"
 
     def draw(*arguments):
         call(sample, "--output", output, "--device", "cpu", *(files.get(name, name) for name in arguments))
-        return cells(output, scale=3).int()
+        return cells(output.with_suffix(".png"), scale=3).int()
 
     return draw
 

@@ -210,14 +210,14 @@ def test_a_loss_that_is_not_finite_is_not_saved(copied, monkeypatch, failure):
 
 
 def test_a_resumed_run_keeps_its_data(small_mnist, tmp_path, failure):
-    """Digits that were drawn where MNIST is there now; MNIST where it is not, or has another number of images."""
-    drawn, output, blank = tmp_path / "drawn", tmp_path / "output", torch.zeros(70, 28, 28).byte()
+    """Digits that were drawn where MNIST is there now; MNIST where it is not, or has other images for testing."""
+    drawn, output, blank = tmp_path / "drawn", tmp_path / "output", torch.zeros(100, 28, 28).byte()
     run(drawn, "--data_dir", tmp_path / "no", dataset="mnist", num_training_steps=1)
     run(drawn, "--data_dir", small_mnist, "--resume", num_training_steps=2)
     assert checkpoint_of(drawn)["config"]["dataset"] == "digits"
     run(output, "--data_dir", small_mnist, **MNIST, num_training_steps=1)
-    write_mnist(tmp_path / "fewer", blank, blank)
-    for data_dir, words in (("no", "mnist can't be downloaded or read"), ("fewer", "must keep its data")):
+    write_mnist(tmp_path / "more", blank, blank)
+    for data_dir, words in (("no", "mnist can't be downloaded or read"), ("more", "there are [100, 100] images, not [100, 70]")):
         assert words in failure(run, output, "--resume", "--data_dir", tmp_path / data_dir, **MNIST)
 
 
