@@ -16,10 +16,10 @@ import torch
 
 from metrics import (
     accuracy, calibration, color_shift, consistency, fool_rate, frechet_distance, predict, psnr, squared_difference,
-    ssim, train_classifier, train_guesser,
+    ssim, train_classifier, train_guesser
 )  # fmt: skip
 from support.data import load_data
-from support.errors import InputError, Parser, one_line_errors
+from support.errors import InputError, argument_parser, one_line_errors
 from support.machine import choose_device
 from support.settings import HERE, check, positive
 from utils import load_model, make_pair, picture_of_columns, super_resolve, to_unit, upsample
@@ -27,7 +27,7 @@ from utils import load_model, make_pair, picture_of_columns, super_resolve, to_u
 
 @one_line_errors()
 def main(arguments=None):
-    parser = Parser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help="of train_mnist.py, or shipped")
     parser.add_argument("--num_images", type=positive, default=1000, help="test images, 3 or more; default: 1000")
     parser.add_argument("--num_samples", type=positive, default=2, help="samples for each image; default: 2")

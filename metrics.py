@@ -161,7 +161,7 @@ def train_guesser(low_res, labels):
     guesser = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(pixels), MLP(pixels, [256, 256, outputs])).to(low_res.device)
     return train_network(
         guesser, lambda batch: F.cross_entropy(guesser(low_res[batch]), labels[batch]), len(low_res),
-        passes=8, batch_size=256, max_rate=0.01,
+        passes=8, batch_size=256, max_rate=0.01
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torchvision.transforms import functional as TF
 
 from support.data import read_picture
 from support.digits import draw_digits
-from support.errors import Parser, one_line_errors
+from support.errors import InputError, argument_parser, one_line_errors
 from support.framing import frame_digit
 from support.machine import choose_device
 from support.settings import check, positive
@@ -29,7 +29,7 @@ from utils import downsample, load_model, picture_of_columns, super_resolve, to_
 
 @one_line_errors()
 def main(arguments=None):
-    parser = Parser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("checkpoint", help="of train_mnist.py, or shipped")
     parser.add_argument("pictures", nargs="*", help="a drawing or photo, or low-resolution pixels")
     parser.add_argument("--num_samples", type=positive, default=4, help="samples for each picture; default: 4")
@@ -39,12 +39,14 @@ def main(arguments=None):
     parser.add_argument("--output", default="samples.png", help="the PNG to write; default: samples.png")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
+    output = Path(flags.output)
+    if output.suffix != ".png":
+        raise InputError(f"--output is {output}: its name must end in .png")
     device = choose_device(flags.device)
     model = load_model(flags.checkpoint, device)
     config = model.config
     steps = flags.sampling_steps or config.sampling_steps
     check(vars(config) | {"sampling_steps": steps, "seed": flags.seed})
-    output = Path(flags.output).with_suffix(".png")
     output.parent.mkdir(parents=True, exist_ok=True)
 
     images = [read_image(path, config, flags.as_is) for path in flags.pictures]

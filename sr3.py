@@ -165,7 +165,7 @@ class Regression(nn.Module):
         return F.mse_loss(self.predict(context), high_res)
 
     @torch.no_grad()
-    def refine(self, context: Tensor, steps: int = 1, generators: Generators = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def refine(self, context: Tensor, steps: int, generators: Generators = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (ŷ_0, ŷ_0) once, in [-1, 1], however many steps are asked for."""
         y_0_hat = self.predict(context).clamp(-1, 1)
         yield y_0_hat, y_0_hat

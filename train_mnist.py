@@ -21,7 +21,7 @@ from torch import nn
 from metrics import consistency, psnr, ssim
 from support import machine
 from support.data import load_data
-from support.errors import Parser, one_line_errors
+from support.errors import argument_parser, one_line_errors
 from support.run import RESUMED, Run, load_checkpoint
 from support.settings import HERE, add_settings, parse_settings
 from utils import build_model, make_pair, picture_of, picture_of_columns, to_unit, upsample
@@ -30,7 +30,7 @@ from utils import build_model, make_pair, picture_of, picture_of_columns, to_uni
 @one_line_errors()
 def main(arguments=None):
     # 1. Settings: those of configs/mnist.toml, of a resumed run, of --config_path, and the flags; later ones win -----
-    parser = Parser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--data_dir", default=HERE / "data", help="folder of the data sets; default: data")
     parser.add_argument("--output_dir", default=HERE / "output", help="folder of the results; default: output")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")

@@ -108,8 +108,7 @@ class UNet(nn.Module):
             hint = "give one number for each scale, each at half the size of the scale above"
             raise ValueError(f"image_size {image_size} and channel_multipliers {channel_multipliers}: {hint}")
         if features % GROUPS or features % attention_heads:
-            hint = f"it must be a multiple of {GROUPS} and of attention_heads, {attention_heads}"
-            raise ValueError(f"features is {features}: {hint}")
+            raise ValueError(f"features is {features}: it must be a multiple of {GROUPS} and of {attention_heads} heads")
         if not set(attention_resolutions) <= set(sizes):
             raise ValueError(f"attention_resolutions is {attention_resolutions}: the scales have {sizes}")
         last = len(widths) - 1

@@ -61,7 +61,7 @@ def build_model(config):
     try:
         unet = UNet(
             config.channels, config.features, config.channel_multipliers, config.blocks_per_level,
-            config.attention_resolutions, config.attention_heads, config.dropout, config.image_size,
+            config.attention_resolutions, config.attention_heads, config.dropout, config.image_size
         )  # fmt: skip
         if config.method == "regression":
             return Regression(unet)
@@ -89,9 +89,9 @@ def load_model(path, device="cpu"):
 def super_resolve(model, low_res, seeds, steps=None):
     """Samples for low-resolution images, [N, C, h, w] in [-1, 1]: [N, C, H, W] in [0, 1], rounded to 8 bits.
 
-    `model` is from `load_model`; x is made here. Each image's noise depends on its own one of N `seeds` only. `steps`
-    are the refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than the model
-    was trained for.
+    `model` is from `load_model`; x is made here. Each image's noise depends on its own seed only, one of N `seeds`.
+    `steps` are the refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than
+    the model was trained for.
     """
     config, device, side = model.config, low_res.device, model.config.low_res_size
     if low_res.shape[1:] != (config.channels, side, side):

@@ -115,7 +115,8 @@ def read_picture(path, channels):
     try:
         with Image.open(path) as picture:
             picture.load()
-        picture.convert("L")  # fails for a few modes, such as LAB
+        if picture.mode in ("F", "LAB"):
+            raise ValueError(f"its pixels are of the mode {picture.mode}")
     except Exception as error:  # which one depends on where the damage is
         raise InputError(
             f"{path}: Pillow can't read this {Path(path).suffix[1:].upper()} file ({type(error).__name__}: {error}); "

@@ -4,10 +4,11 @@ import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import contextmanager, suppress
-from functools import partial
 
-# Shows a script's docstring as it is, which tells how the script is called: so an error is one line, without a usage.
-Parser = partial(ArgumentParser, usage=SUPPRESS, formatter_class=RawDescriptionHelpFormatter)
+
+def argument_parser(docstring):
+    """An ArgumentParser that shows a script's docstring as it is; no usage stands before an error, which is one line."""
+    return ArgumentParser(description=docstring, usage=SUPPRESS, formatter_class=RawDescriptionHelpFormatter)
 
 
 class InputError(Exception):

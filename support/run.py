@@ -32,7 +32,7 @@ def load_checkpoint(path, parts=("config", "step", "ema")):
         return {part: checkpoint[part] for part in parts}
     except Exception as error:  # what a damaged file raises depends on where the damage is
         reason = f"{type(error).__name__}; it needs {', '.join(parts)}"
-        raise InputError(f"{path} is no checkpoint to use here ({reason}): give another") from None
+        raise InputError(f"{path} is no checkpoint to use here ({reason}): give another one") from None
 
 
 def save_checkpoint(path, checkpoint):
@@ -94,8 +94,8 @@ class Run:
         """The steps that are left, with a bar. Ctrl-C, SIGTERM and SIGHUP are left to `after`, which saves and ends."""
         handlers = {}
         for number in STOPPING:
-            ignored = signal.getsignal(number) == signal.SIG_IGN  # as under nohup
-            if not ignored and not dist.is_initialized():  # ranks would stop after different steps
+            # Under nohup SIGHUP is ignored, and stays so. Several ranks would stop after different steps.
+            if signal.getsignal(number) != signal.SIG_IGN and not dist.is_initialized():
                 handlers[number] = signal.signal(number, self.receive)
         last = self.config.num_training_steps
         left = range(self.step + 1, last + 1)
@@ -129,7 +129,7 @@ class Run:
         if not (is_row or is_stopped):
             return
         if not sum([self.loss_sum, *(weights.sum() for weights in self.parts["model"].parameters())]).isfinite():
-            raise InputError(f"the loss is not finite after step {step}, and nothing is saved: lower --learning_rate")
+            raise InputError(f"loss or weights not finite after step {step}, so nothing is saved: lower --learning_rate")
         try:
             if is_row:
                 mean_loss = self.loss_sum / (step - (self.log[-1]["step"] if self.log else 0))

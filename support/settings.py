@@ -19,7 +19,7 @@ CHOICES = {  # support/data.py has those of dataset
     "loss_weight": ("1/gamma", "1"),
     "precision": ("auto", "float32", "bfloat16"),
 }
-# All other numbers are above 0. SSIM's window is 11 pixels wide.
+# Other numbers must be above 0. For image_size it is 10, as SSIM's window is 11 pixels wide.
 ABOVE = {"image_size": 10, "dropout": -1e-9, "warmup_steps": -1, "seed": -1}
 
 

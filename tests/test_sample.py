@@ -29,15 +29,12 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def draw(files, tmp_path):
-    """Called with names of files and flags, runs sample.py: the cells, int [rows, columns, 3, 16, 16].
-
-    The result is a PNG, whatever name is given.
-    """
-    output = tmp_path / "new/folder/samples.pt"
+    """Called with names of files and flags, runs sample.py: the cells, int [rows, columns, 3, 16, 16]."""
+    output = tmp_path / "new/folder/samples.png"
 
     def draw(*arguments):
         call(sample, "--output", output, "--device", "cpu", *(files.get(name, name) for name in arguments))
-        return cells(output.with_suffix(".png"), scale=3).int()
+        return cells(output, scale=3).int()
 
     return draw
 
@@ -75,5 +72,6 @@ def test_what_is_wrong_is_told_in_one_line(draw, tmp_path, failure):
         ("sr3", text, "text.png: Pillow can't read this PNG file"),
         (text, "text.png is no checkpoint"),
         ("sr3", "--seed", -1, "seed is -1"),
+        ("sr3", "--output", text.with_suffix(".pt"), "text.pt: its name must end in .png"),
     ):
         assert words in failure(draw, *arguments)

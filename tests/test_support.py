@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT, raising
 
 from support import machine
-from support.errors import InputError, Parser, one_line_errors
+from support.errors import InputError, argument_parser, one_line_errors
 from support.settings import DEFAULTS, add_settings, parse_settings
 from utils import build_model
 
@@ -13,7 +13,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
 
 def parse(*arguments, resumed=None):
-    add_settings(parser := Parser())
+    add_settings(parser := argument_parser(""))
     return parse_settings(parser.parse_args([*map(str, arguments)]), resumed)
 
 

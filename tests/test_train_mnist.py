@@ -206,7 +206,7 @@ def test_a_run_goes_on_where_weights_lie_differently_in_memory(copied):
 def test_a_loss_that_is_not_finite_is_not_saved(copied, monkeypatch, failure):
     forward = SR3.forward
     monkeypatch.setattr(SR3, "forward", lambda *batch: math.nan * forward(*batch))
-    assert "not finite after step 21, and nothing is saved" in failure(run, copied, "--resume", num_training_steps=21)
+    assert "not finite after step 21, so nothing is saved" in failure(run, copied, "--resume", num_training_steps=21)
 
 
 def test_a_resumed_run_keeps_its_data(small_mnist, tmp_path, failure):

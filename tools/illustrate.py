@@ -4,10 +4,10 @@ import torch
 
 import sr3
 from support.data import load_data
-from support.settings import DEFAULTS, HERE, check
+from support.settings import DEFAULTS, check
 from utils import load_model, make_pair, picture_of_columns, super_resolve, to_unit, upsample
 
-_, (IMAGES, _) = load_data(check(DEFAULTS), HERE / "data")
+_, (IMAGES, _) = load_data(check(DEFAULTS), "data")
 
 
 def hero(output, sampler, regression):
@@ -28,7 +28,7 @@ def hero(output, sampler, regression):
 
 
 def mended(output, *checkpoints):
-    """Algorithm 2 as the paper prints it, then with one remedy after the other: they are taken out from the last on."""
+    """Algorithm 2 as the paper prints it, then with one remedy after the other: this changes sr3 for good."""
     bare, weight_1, default = map(load_model, checkpoints)
     y_0, low_res, _ = make_pair(IMAGES[:5], 4)
     columns, posterior = {"truth": to_unit(y_0)}, sr3.posterior
@@ -48,4 +48,3 @@ def mended(output, *checkpoints):
     draw("(a) as printed", bare, 100)
     columns["input"] = to_unit(upsample(low_res, 32, "nearest-exact"))
     picture_of_columns(dict(reversed(columns.items())), scale=3).save(output)
-
