@@ -108,7 +108,7 @@ class UNet(nn.Module):
             hint = "give one number for each scale, each at half the size of the scale above"
             raise ValueError(f"image_size {image_size} and channel_multipliers {channel_multipliers}: {hint}")
         if features % GROUPS or features % attention_heads:
-            raise ValueError(f"features is {features}: it must be a multiple of {GROUPS} and of {attention_heads} heads")
+            raise ValueError(f"features {features}: give a multiple of {GROUPS} and attention_heads {attention_heads}")
         if not set(attention_resolutions) <= set(sizes):
             raise ValueError(f"attention_resolutions is {attention_resolutions}: the scales have {sizes}")
         last = len(widths) - 1

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 
 def argument_parser(docstring):
-    """An ArgumentParser that shows a script's docstring as it is; no usage stands before an error, which is one line."""
+    """An ArgumentParser that shows a script's docstring as it is. Its errors are one line, without the usage."""
     return ArgumentParser(description=docstring, usage=SUPPRESS, formatter_class=RawDescriptionHelpFormatter)
 
 

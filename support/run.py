@@ -129,7 +129,7 @@ class Run:
         if not (is_row or is_stopped):
             return
         if not sum([self.loss_sum, *(weights.sum() for weights in self.parts["model"].parameters())]).isfinite():
-            raise InputError(f"loss or weights not finite after step {step}, so nothing is saved: lower --learning_rate")
+            raise InputError(f"loss or weights not finite after step {step}, nothing is saved: lower --learning_rate")
         try:
             if is_row:
                 mean_loss = self.loss_sum / (step - (self.log[-1]["step"] if self.log else 0))
