@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Generators = list[torch.Generator] | None  # one for each image, so that its noise is its own, or torch's global one
+Generators = list[torch.Generator] | None  # one for each image, so that its noise is its own; None: torch's global one
 
 
 def noise_levels(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
@@ -33,7 +33,7 @@ class SR3(nn.Module):
     """The diffusion around a U-Net: `predict_noise` is f_θ, `forward` is Algorithm 1, `refine` is Algorithm 2.
 
     `loss_weight` is "1/gamma" or "1", see `forward`. Sampling starts from pure noise, so γ_T must be next to nothing,
-    but not zero, as (10) divides by its root: raises ValueError unless all β are in (0, 1) and 1e-8 < γ_T < 0.01.
+    but not zero, as (10) divides by its root. Raises ValueError unless all β are in (0, 1) and 1e-8 < γ_T < 0.01.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class SR3(nn.Module):
         """f_θ(x, y_t, γ) = √(1 - γ) y_t + √γ U(x, y_t, γ), from γ [B]: the noise in y_t, [B, C, H, W] in float32.
 
         Why not f_θ = U, as in the paper? Equation (10) would divide the error of U by √γ, which is next to nothing
-        when t is near T. f_θ as above equals the noise ε exactly when U equals v = √γ ε - √(1 - γ) y_0, and then (10)
-        is the same as ŷ_0 = √γ y_t - √(1 - γ) U, which amplifies nothing. This is the v-prediction of Salimans and Ho
-        (arXiv 2202.00512). The products are float32, even where autocast makes U compute in bfloat16.
+        when t is near T. f_θ as above equals the noise ε exactly when U equals v = √γ ε - √(1 - γ) y_0. Put into (10),
+        it gives ŷ_0 = √γ y_t - √(1 - γ) U, for any U: so the error of U isn't amplified. This is the v-prediction of
+        Salimans and Ho (arXiv 2202.00512). The products are float32, even where autocast makes U compute in bfloat16.
         """
         level = rearrange(gamma, "b -> b 1 1 1")  # each image's γ, to multiply the image by
         return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t, gamma).float()
@@ -87,7 +87,7 @@ class SR3(nn.Module):
         """The `steps` + 1 noise levels for inference, γ_T to γ_0 = 1: γ_t at t = T (i / steps)^1.5, for i = steps…0.
 
         f_θ is told γ and not t, so the levels can be chosen after training; the paper searches for good ones. The t lie
-        closer together towards the image, as ŷ_0 hardly changes while γ is tiny. They are rounded down, but are at
+        closer together towards the image, as ŷ_0 hardly changes while γ is tiny. Each t is rounded down, but is at
         least i, so that all levels differ. Raises ValueError unless 1 ≤ steps ≤ T.
         """
         T = len(self.schedule) - 1
@@ -142,7 +142,7 @@ def look_ahead(y_0_hat: Tensor, gamma_t: float, gamma_s: float, earlier: tuple[T
 
 
 def draw_noise(like: Tensor, generators: Generators) -> Tensor:
-    """N(0, I) of the shape, type and device of `like`, [B, C, H, W]; each image by itself where it has a generator."""
+    """N(0, I) of the shape, type and device of `like`, [B, C, H, W]; each image by itself with generators."""
     if generators is None:
         return torch.randn(like.shape, dtype=like.dtype, device=like.device)
     drawn = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generators]

@@ -7,8 +7,8 @@
     torchrun --standalone --nproc_per_node=8 train_mnist.py --batch_size 128
 
 Read this script from top to bottom beside the paper (arXiv 2104.07636); then make_pair, the first function of utils.py;
-then sr3.py and unet.py. All settings and their reasons are in configs/mnist.toml, and each is a flag, too. support/ is
-needed, but teaches nothing about SR3.
+then sr3.py and unet.py, and at last the rest of utils.py. All settings and their reasons are in configs/mnist.toml, and
+each is a flag, too. support/ is needed, but teaches nothing about SR3.
 """
 
 import math
@@ -54,10 +54,10 @@ def main(arguments=None):
     torch.manual_seed(config.seed)
     model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     ema = deepcopy(model).eval().requires_grad_(False)  # the moving average of its weights, which makes the samples
-    # The learning rate, and each new weight's share in the average: both are filled before each step.
+    # The learning rate, and each new weight's share in the average: a recorded step reads them where they lie.
     rate, share = torch.zeros(2, device=device)
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
-    # From here on the folder is this run's. Run loads a checkpoint's states, but the rate stays the tensor above.
+    # Run takes over the folder and loads a checkpoint's states; the optimizer keeps `rate`, the tensor above.
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     run = Run(folder, config, parts, [len(images), len(test_images)], checkpoint)
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
@@ -85,7 +85,7 @@ def main(arguments=None):
     for step in run.steps():  # lines 1 and 6: from 1, or from where a resumed run stopped, to num_training_steps
         torch.manual_seed(1_000_000 * config.seed + ranks * step + rank)  # a resumed run draws what an unbroken one did
         rate.fill_(config.learning_rate * min(1, step / max(1, config.warmup_steps)))
-        share.fill_(9 / (10 + step))  # so the weights in the average are a tenth of the training old, on average
+        share.fill_(9 / (10 + step))  # so the averaged weights' mean age is a tenth of the steps so far
         loss = training_step()
         run.after(loss, lambda: draw(ema, grid_images, precision, run))  # what is due: log, grids, checkpoint
 
@@ -94,13 +94,13 @@ def draw(model, images, precision, run):
     """Super-resolves the same images from the same noise each time, writes grids, and returns metrics for the log.
 
     Grids: hr, the targets; lr, the inputs; sr, the results; refinement, the estimates ŷ_0 at up to six noise levels;
-    progress, the results after fewer training steps beside this one's.
+    progress, the results after fewer training steps beside the current ones.
     """
     config, step = run.config, run.step
     high_res, low_res, context = make_pair(images, config.low_res_size)  # [64, C, H or h, W or w]
     generators = [torch.Generator().manual_seed(number) for number in range(len(images))]
     with machine.autocast(images.device, precision):
-        states = list(model.refine(context, config.sampling_steps, generators))  # (y_t, ŷ_0), [64, C, H, W] each
+        states = list(model.refine(context, config.sampling_steps, generators))  # (y_s, ŷ_0), [64, C, H, W] each
     truth, small, result = (to_unit(grid).cpu() for grid in (high_res, low_res, states[-1][0]))
     pixels = upsample(small, config.image_size, "nearest-exact")  # [64, C, H, W], of h × w visible squares
     for name, grid in (("hr", truth), ("lr", pixels), ("sr", result)):
@@ -115,7 +115,7 @@ def draw(model, images, precision, run):
     columns |= {"result": result[:8], "truth": truth[:8]}
     picture_of_columns(columns).save(run.folder / f"refinement-{step:06d}.png")
 
-    # Of the same eight, the results so far; from column to column at least twice the training steps.
+    # Of the same eight, the results so far, which a checkpoint keeps; each column has at least twice the steps.
     run.samples[step] = (255 * result[:8]).round().byte()
     chosen = [step]
     for earlier in sorted(run.samples, reverse=True):

@@ -84,8 +84,8 @@ class UNet(nn.Module):
     """U(x, y_t, γ): x and y_t [B, C, H, W] and γ [B] in [0, 1] -> [B, C, H, W].
 
     Scale i of the U, counted from 0, works at H / 2^i with features · channel_multipliers[i] channels. Each half has
-    `blocks_per_level` stages on every scale (that level is a scale, not one of noise); the output of a stage on the way
-    down is concatenated to the input of its mirror image on the way up. In stages whose resolution is in
+    `blocks_per_level` stages on every scale (here, "level" means scale); the output of a stage on the way down is
+    concatenated to the input of its mirror image on the way up. In stages whose resolution is in
     `attention_resolutions`, self-attention follows the residual block. C is `image_channels`; `image_size` is H and W.
     Raises ValueError, which says what to give instead, for sizes that don't fit together.
     """
@@ -120,7 +120,7 @@ class UNet(nn.Module):
         def attention(i):
             return SelfAttention(widths[i], attention_heads) if sizes[i] in attention_resolutions else nn.Identity()
 
-        # Frequencies of γ's embedding; `forward` feeds them an angle in [0, π / 2]. 1 is coarse, 1000 the finest.
+        # Frequencies of γ's embedding; `forward` feeds them an angle in [0, π / 2]. From 1, coarse, to 1000, fine.
         self.register_buffer("frequencies", torch.logspace(0, 3, features // 2), persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(features, embedding_dim),

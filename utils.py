@@ -1,6 +1,6 @@
 """What the scripts share: the pair (y_0, x) that is made from a picture, models, and pictures to look at.
 
-What goes into a model is in [-1, 1]; pictures, metrics and what comes out of `super_resolve` are in [0, 1].
+Images that go into a model are in [-1, 1]; pictures, metrics and what comes out of `super_resolve` are in [0, 1].
 """
 
 from itertools import islice
@@ -89,9 +89,8 @@ def load_model(path, device="cpu"):
 def super_resolve(model, low_res, seeds, steps=None):
     """Samples for low-resolution images, [N, C, h, w] in [-1, 1]: [N, C, H, W] in [0, 1], rounded to 8 bits.
 
-    `model` is from `load_model`; x is made here. Each image's noise depends on its own seed only, one of N `seeds`.
-    `steps` are the refinement steps, the checkpoint's own if None. Raises ValueError for images of another size than
-    the model was trained for.
+    `model` is from `load_model`; x is made here. Image i's noise depends on `seeds[i]` only. `steps` are the refinement
+    steps, the checkpoint's own if None. Raises ValueError for images of another size than the model was trained for.
     """
     config, device, side = model.config, low_res.device, model.config.low_res_size
     if low_res.shape[1:] != (config.channels, side, side):
