@@ -40,13 +40,12 @@ def main(arguments=None):
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
     output = Path(flags.output)
-    if output.suffix != ".png":
+    if output.suffix.lower() != ".png":
         raise InputError(f"--output is {output}: its name must end in .png")
     device = choose_device(flags.device)
     model = load_model(flags.checkpoint, device)
     config = model.config
-    steps = flags.sampling_steps or config.sampling_steps
-    check(vars(config) | {"sampling_steps": steps, "seed": flags.seed})
+    check(vars(config) | {"sampling_steps": flags.sampling_steps or config.sampling_steps, "seed": flags.seed})
     output.parent.mkdir(parents=True, exist_ok=True)
 
     images = [read_image(path, config, flags.as_is) for path in flags.pictures]
@@ -57,7 +56,9 @@ def main(arguments=None):
     # A regression has one answer.
     names = [f"sample {j + 1}" for j in range(flags.num_samples)] if config.method == "sr3" else ["regression"]
     seeds = [flags.seed + j for j in range(len(names)) for _ in images]
-    samples = super_resolve(model, low_res.repeat(len(names), 1, 1, 1).to(device), seeds, steps).cpu()
+    samples = super_resolve(
+        model, low_res.repeat(len(names), 1, 1, 1).to(device), seeds, flags.sampling_steps
+    ).cpu()  # [samples · N, C, H, W]
     columns = {
         "input": to_unit(upsample(low_res, config.image_size, "nearest-exact")),
         "bicubic": to_unit(upsample(low_res, config.image_size)),

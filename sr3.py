@@ -7,8 +7,8 @@ noise, which is removed step by step (section 2.3, Algorithm 2). Last comes the 
 y_0 is [B, C, H, W] in [-1, 1]. x has the same shape and range: it is the low-resolution image, already enlarged to the
 size of y_0; the code calls it `context`. U is the U-Net. In the paper it is f_θ itself; here f_θ is computed from its
 output, see `predict_noise`. γ, `gamma`, is a noise level: the share of y_0's energy that is left, from 1 (no noise) to
-0. This file needs torch and einops only. To use SR3 in a project of your own, copy it together with unet.py, or pass in
-any network that is called as unet(x, y_t, gamma), with gamma [B], and returns [B, C, H, W].
+0. This file needs torch and einops only. To use SR3 in a project of your own, copy it and unet.py, or pass in any
+network that is called as unet(x, y_t, gamma), with gamma [B], and returns [B, C, H, W].
 """
 
 import math
@@ -30,7 +30,7 @@ def noise_levels(num_timesteps: int, beta_start: float, beta_end: float) -> Tens
 
 
 class SR3(nn.Module):
-    """The diffusion around a U-Net: `predict_noise` is f_θ, `forward` is Algorithm 1, `refine` is Algorithm 2.
+    """The diffusion around a U-Net: `predict_noise` is f_θ, `forward` the loss of Algorithm 1, `refine` Algorithm 2.
 
     `loss_weight` is "1/gamma" or "1", see `forward`. Sampling starts from pure noise, so γ_T must be next to nothing,
     but not zero, as (10) divides by its root. Raises ValueError unless all β are in (0, 1) and 1e-8 < γ_T < 0.01.
@@ -108,7 +108,7 @@ class SR3(nn.Module):
             z = draw_noise(context, generators) if gamma_s < 1 else 0  # line 3: z ~ N(0, I), but 0 in the last step
             y_0_hat = self.estimate(context, y_t, gamma_t)  # equation (10)
             y_0_ahead = look_ahead(y_0_hat, gamma_t, gamma_s, earlier)
-            mean, variance = posterior(y_0_ahead, y_t, gamma_t, gamma_s)  # equation (4); for y_0_hat, its mean is (11)
+            mean, variance = posterior(y_0_ahead, y_t, gamma_t, gamma_s)  # equation (4); (11) for an unclamped y_0_hat
             y_t = mean + variance**0.5 * z  # line 4
             yield y_t, y_0_hat
             earlier = y_0_hat, gamma_t  # for the next step; line 5 ends the loop, and line 6 is `sample`

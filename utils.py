@@ -1,6 +1,6 @@
 """What the scripts share: the pair (y_0, x) that is made from a picture, models, and pictures to look at.
 
-Images that go into a model are in [-1, 1]; pictures, metrics and what comes out of `super_resolve` are in [0, 1].
+Images that go into a model are in [-1, 1]; pictures, what metrics take and what `super_resolve` gives are in [0, 1].
 """
 
 from itertools import islice
@@ -19,7 +19,7 @@ from support.run import load_checkpoint
 from support.settings import DEFAULTS, check
 from unet import UNet
 
-# The pair: the low-resolution image, and from it the context x (section 2.4) -----------------------------------------
+# The pair (y_0, x): the context x is made from y_0, by way of low_res (section 2.4) -----------------------------------
 
 
 def make_pair(images, low_res_size):
@@ -73,7 +73,7 @@ def build_model(config):
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint's model, its averaged weights, with its `config` and `step`. Raises InputError for other files."""
+    """A checkpoint's model with its averaged weights, `config` and `step`. Raises InputError for other files."""
     checkpoint, device = load_checkpoint(path), torch.device(device)
     config = check(DEFAULTS | checkpoint["config"])
     model = build_model(config)
@@ -82,19 +82,19 @@ def load_model(path, device="cpu"):
     except RuntimeError as error:
         raise InputError(f"{path} is of another version of this lesson, or damaged: {error}") from None
     model.config, model.step = config, checkpoint["step"]
-    layout = choose_layout(device, choose_precision(config.precision, device))
-    return model.eval().to(device, memory_format=layout)
+    return model.eval().to(device, memory_format=choose_layout(device, choose_precision(config.precision, device)))
 
 
 def super_resolve(model, low_res, seeds, steps=None):
     """Samples for low-resolution images, [N, C, h, w] in [-1, 1]: [N, C, H, W] in [0, 1], rounded to 8 bits.
 
     `model` is from `load_model`; x is made here. Image i's noise depends on `seeds[i]` only. `steps` are the refinement
-    steps, the checkpoint's own if None. Raises ValueError for images of another size than the model was trained for.
+    steps, the checkpoint's own if None. Raises ValueError for images of a size other than the model
+    was trained for, and unless there is a seed for each.
     """
     config, device, side = model.config, low_res.device, model.config.low_res_size
-    if low_res.shape[1:] != (config.channels, side, side):
-        raise ValueError(f"low_res is {list(low_res.shape)}: give [N, {config.channels}, {side}, {side}]")
+    if low_res.shape != (len(seeds), config.channels, side, side):
+        raise ValueError(f"{[*low_res.shape]}, {len(seeds)} seeds: give [N, {config.channels}, {side}, {side}] and N")
     context = upsample(low_res, config.image_size)  # x
     precision = choose_precision(config.precision, device)
     generators = (torch.Generator().manual_seed(int(seed)) for seed in seeds)  # on the CPU: alike everywhere

@@ -82,7 +82,7 @@ class Run:
             number = 1
             while (aside := self.folder / f"earlier-{number}").exists():
                 number += 1
-            for path in [path for name in RESULTS for path in self.folder.glob(name) if self.step == 0]:
+            for path in [path for name in RESULTS for path in self.folder.glob(name) if not self.step]:
                 aside.mkdir(exist_ok=True)
                 path.rename(aside / path.name)
             self.write_log()  # a resumed run's may be older than its checkpoint
@@ -98,8 +98,7 @@ class Run:
             if signal.getsignal(number) != signal.SIG_IGN and not dist.is_initialized():
                 handlers[number] = signal.signal(number, self.receive)
         last = self.config.num_training_steps
-        left = range(self.step + 1, last + 1)
-        self.bar = tqdm(left, initial=self.step, total=last, disable=not self.is_first)
+        self.bar = tqdm(range(self.step + 1, last + 1), initial=self.step, total=last, disable=not self.is_first)
         try:
             for self.step in self.bar:
                 yield self.step

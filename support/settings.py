@@ -67,7 +67,6 @@ def parse_settings(flags, resumed=None):
 
 def check(settings):
     """The settings as attributes. Raises InputError for one that is unknown, of the wrong type, or out of range."""
-    most = {"dropout": 1, "low_res_size": settings["image_size"], "sampling_steps": settings["num_timesteps"]}
     for name, value in settings.items():
         if name not in DEFAULTS:
             raise InputError(f"{name} is not a setting; the settings are {', '.join(DEFAULTS)}")
@@ -77,7 +76,15 @@ def check(settings):
             raise InputError(f"{name} is {value!r}: write it like {DEFAULTS[name]!r}")
         if value not in CHOICES.get(name, [value]):
             raise InputError(f"{name} is {value!r}: it must be one of {CHOICES[name]}")
+        if item_kind is str:
+            continue
+        # The first number is image_size: so it is one before another's limit is computed from it.
+        most = {
+            "dropout": 0.99,
+            "low_res_size": settings["image_size"] - 1,
+            "sampling_steps": settings["num_timesteps"],
+        }
         low, high = ABOVE.get(name, 0), most.get(name, 2**31)
-        if item_kind is not str and not all(low < item <= high for item in items):
+        if not all(low < item <= high for item in items):
             raise InputError(f"{name} is {value}: it must be above {low} and at most {high}")
     return SimpleNamespace(**settings)

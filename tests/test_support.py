@@ -32,7 +32,7 @@ def test_defaults_a_resumed_run_a_config_and_flags_win_in_this_order(tmp_path):
 
 WRONG = """method = "gan"
 image_size = 8
-low_res_size = 33
+low_res_size = 32
 channels = 2
 channel_multipliers = [0, 1]
 blocks_per_level = true

@@ -65,6 +65,7 @@ def test_a_run_writes_grids_and_a_log_of_mean_losses_and_the_psnr_of_the_picture
     for row, (before, step) in zip(log_of(output), pairwise([0, 3, 8, 14, 16, 20]), strict=True):
         assert row["step"] == str(step) and bool(row["psnr"]) == (step in (3, 14, 20))
         assert float(row["loss"]) == pytest.approx(sum(losses[before:step]) / (step - before), rel=1e-4)
+    assert checkpoint_of(output)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(4e-4)  # 20 of 50 steps warm-up
     sr, hr = (cells(output / f"{name}-000020.png") / 255 for name in ("sr", "hr"))
     decibels = -10 * (sr - hr).square().mean((2, 3, 4)).log10().mean()
     assert float(row["psnr"]) == pytest.approx(decibels.item(), abs=0.01)
@@ -194,12 +195,12 @@ def test_a_new_run_moves_what_earlier_ones_left_but_not_what_is_the_users(copied
 
 def test_a_run_goes_on_where_weights_lie_differently_in_memory(copied):
     """As in another precision, or on another device: Adam's moments still belong to their weights."""
-    weights = [torch.cat([values.flatten() for values in checkpoint_of(copied)["model"].values()])]
+    outputs = [copied]
     for precision in ("float32", "bfloat16"):
-        output = shutil.copytree(copied, copied.parent / precision)
-        run(output, "--resume", num_training_steps=21, precision=precision)
-        weights.append(torch.cat([values.flatten() for values in checkpoint_of(output)["model"].values()]))
-    start, here, there = weights
+        outputs.append(shutil.copytree(copied, copied.parent / precision))
+        run(outputs[-1], "--resume", num_training_steps=21, precision=precision)
+    models = [checkpoint_of(output)["model"] for output in outputs]
+    start, here, there = (torch.cat([values.flatten() for values in model.values()]) for model in models)
     assert (there - here).norm() < 0.4 * (here - start).norm()
 
 
