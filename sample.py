@@ -16,7 +16,7 @@ each depends on its seed and the input only.
 from pathlib import Path
 
 import torch
-from torchvision.transforms import functional as TF
+from torchvision.transforms.functional import center_crop, pil_to_tensor
 
 from support.data import read_picture
 from support.digits import draw_digits
@@ -40,32 +40,32 @@ def main(arguments=None):
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
     output = Path(flags.output)
-    if output.suffix.lower() != ".png":
+    if output.suffix != ".png":
         raise InputError(f"--output is {output}: its name must end in .png")
     device = choose_device(flags.device)
     model = load_model(flags.checkpoint, device)
     config = model.config
-    check(vars(config) | {"sampling_steps": flags.sampling_steps or config.sampling_steps, "seed": flags.seed})
+    steps = flags.sampling_steps or config.sampling_steps
+    check(vars(config) | {"sampling_steps": steps, "seed": flags.seed})
     output.parent.mkdir(parents=True, exist_ok=True)
 
+    # Each image is uint8, [1, C, side, side]; they differ in side.
     images = [read_image(path, config, flags.as_is) for path in flags.pictures]
     images = images or draw_digits(8, config.image_size, config.channels, flags.seed)[0].split(1)
-    images = [to_signed(image) for image in images]  # [1, C, side, side] each; they differ in side
-    low_res = torch.cat([downsample(image, config.low_res_size) for image in images])  # [N, C, h, w]
+    low_res = torch.cat([downsample(to_signed(image), config.low_res_size) for image in images])  # [N, C, h, w]
 
     # A regression has one answer.
     names = [f"sample {j + 1}" for j in range(flags.num_samples)] if config.method == "sr3" else ["regression"]
     seeds = [flags.seed + j for j in range(len(names)) for _ in images]
-    samples = super_resolve(
-        model, low_res.repeat(len(names), 1, 1, 1).to(device), seeds, flags.sampling_steps
-    ).cpu()  # [samples · N, C, H, W]
+    low_res_of_all = torch.cat([low_res] * len(names)).to(device)  # [samples · N, C, h, w]
+    samples = super_resolve(model, low_res_of_all, seeds, steps).cpu()  # [samples · N, C, H, W]
     columns = {
         "input": to_unit(upsample(low_res, config.image_size, "nearest-exact")),
         "bicubic": to_unit(upsample(low_res, config.image_size)),
     }
     columns |= zip(names, samples.split(len(images)))  # [N, C, H, W] each
     if all(image.shape[-1] > config.low_res_size for image in images):
-        columns["original"] = to_unit(torch.cat([downsample(image, config.image_size) for image in images]))
+        columns["original"] = to_unit(torch.cat([downsample(to_signed(image), config.image_size) for image in images]))
     picture_of_columns(columns, scale=3).save(output)
     print(f"{output}: {len(images)} × {len(names)} samples, seed {flags.seed}")
 
@@ -76,7 +76,7 @@ def read_image(path, config, as_is):
     is_digit = config.dataset in ("mnist", "digits") and config.channels == 1
     if is_digit and not as_is and max(picture.size) > config.low_res_size:
         return frame_digit(picture, config.image_size, path)
-    return TF.pil_to_tensor(TF.center_crop(picture, min(picture.size)))[None]
+    return pil_to_tensor(center_crop(picture, min(picture.size)))[None]
 
 
 if __name__ == "__main__":

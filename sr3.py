@@ -48,19 +48,20 @@ class SR3(nn.Module):
         self.unet, self.loss_weight = unet, loss_weight
         gammas = noise_levels(num_timesteps, beta_start, beta_end)
         if not (0 < beta_start < 1 and 0 < beta_end < 1 and 1e-8 < gammas[-1] < 0.01):
-            schedule = f"beta_start {beta_start}, beta_end {beta_end}, num_timesteps {num_timesteps}"
+            given = f"beta_start {beta_start}, beta_end {beta_end}, num_timesteps {num_timesteps}"
             hint = "it must lie between 1e-8 and 0.01 (a larger beta_end lowers it), each beta between 0 and 1"
-            raise ValueError(f"{schedule}: γ_T is {gammas[-1].item():.2g}; {hint}")
+            raise ValueError(f"{given}: γ_T is {gammas[-1].item():.2g}; {hint}")
         self.register_buffer("gammas", gammas.float(), persistent=False)  # for training, on the network's device
-        self.schedule = gammas.tolist()  # for inference, in Python's float64
+        self.schedule = gammas.tolist()  # the same for inference, in Python's float64
 
     def predict_noise(self, context: Tensor, y_t: Tensor, gamma: Tensor) -> Tensor:
         """f_θ(x, y_t, γ) = √(1 - γ) y_t + √γ U(x, y_t, γ), from γ [B]: the noise in y_t, [B, C, H, W] in float32.
 
-        Why not f_θ = U, as in the paper? Equation (10) would divide the error of U by √γ, which is next to nothing
-        when t is near T. f_θ as above equals the noise ε exactly when U equals v = √γ ε - √(1 - γ) y_0. Put into (10),
-        it gives ŷ_0 = √γ y_t - √(1 - γ) U, for any U: so the error of U isn't amplified. This is the v-prediction of
-        Salimans and Ho (arXiv 2202.00512). The products are float32, even where autocast makes U compute in bfloat16.
+        Why not f_θ = U, as in the paper? Equation (10) would divide the error of U by √γ, which is next to nothing when
+        t is near T. With f_θ as above, f_θ - ε = √γ (U - v) for v = √γ ε - √(1 - γ) y_0: so f_θ is the noise ε exactly
+        when U is v. Put into (10), f_θ gives ŷ_0 = √γ y_t - √(1 - γ) U, for any U, so the error of U isn't amplified.
+        This is the v-prediction of Salimans and Ho (arXiv 2202.00512). The products are float32, even where autocast
+        makes U compute in bfloat16.
         """
         level = rearrange(gamma, "b -> b 1 1 1")  # each image's γ, to multiply the image by
         return (1 - level).sqrt() * y_t + level.sqrt() * self.unet(context, y_t, gamma).float()
@@ -100,18 +101,21 @@ class SR3(nn.Module):
         """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_s that it leads to and the ŷ_0 at its start.
 
         A step leads from γ_t to γ_s, the next of the chosen levels, where the paper has t - 1. The last y_s is y_0, the
-        image, in [-1, 1]. Besides f_θ, four things are not the paper's: which levels there are; the clamp in
-        `estimate`; `look_ahead`; and the variance of (4). The paper's 1 - α_t would leave grain after few steps.
+        image, in [-1, 1]. Besides f_θ, four things are ours: which levels there are; the clamp in `estimate`;
+        `look_ahead`; and the variance, which is (4)'s, since the 1 - α_t of line 4 would leave grain after few steps.
+        Without the clamp and `look_ahead`, the mean is (11)'s.
         """
-        y_t, earlier = draw_noise(context, generators), None  # line 1: y_T ~ N(0, I)
+        y_t = draw_noise(context, generators)  # line 1: y_T ~ N(0, I)
+        earlier = None  # the ŷ_0 and the γ of the step before, for `look_ahead`
         for gamma_t, gamma_s in pairwise(self.levels(steps)):  # line 2: for t = T … 1
             z = draw_noise(context, generators) if gamma_s < 1 else 0  # line 3: z ~ N(0, I), but 0 in the last step
             y_0_hat = self.estimate(context, y_t, gamma_t)  # equation (10)
             y_0_ahead = look_ahead(y_0_hat, gamma_t, gamma_s, earlier)
-            mean, variance = posterior(y_0_ahead, y_t, gamma_t, gamma_s)  # equation (4); (11) for an unclamped y_0_hat
-            y_t = mean + variance**0.5 * z  # line 4
+            mean, variance = posterior(y_0_ahead, y_t, gamma_t, gamma_s)  # equation (4)
+            y_t = mean + variance**0.5 * z  # line 4: this is y_s, and the next step's y_t
             yield y_t, y_0_hat
-            earlier = y_0_hat, gamma_t  # for the next step; line 5 ends the loop, and line 6 is `sample`
+            earlier = y_0_hat, gamma_t
+        # Line 5 ends the loop, and line 6 is `sample`.
 
     def estimate(self, context: Tensor, y_t: Tensor, gamma_t: float) -> Tensor:
         """Equation (10): ŷ_0, the image that y_t and its predicted noise amount to, clamped to y_0's range, [-1, 1]."""
@@ -137,8 +141,8 @@ def look_ahead(y_0_hat: Tensor, gamma_t: float, gamma_s: float, earlier: tuple[T
     if earlier is None or gamma_s == 1:
         return y_0_hat
     earlier_y_0_hat, earlier_gamma = earlier
-    start, now, end = (math.log(gamma / (1 - gamma)) for gamma in (earlier_gamma, gamma_t, gamma_s))
-    return y_0_hat + 0.5 * (end - now) / (now - start) * (y_0_hat - earlier_y_0_hat)
+    before, now, after = (math.log(gamma / (1 - gamma)) for gamma in (earlier_gamma, gamma_t, gamma_s))
+    return y_0_hat + 0.5 * (after - now) / (now - before) * (y_0_hat - earlier_y_0_hat)
 
 
 def draw_noise(like: Tensor, generators: Generators) -> Tensor:

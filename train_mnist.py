@@ -54,10 +54,12 @@ def main(arguments=None):
     torch.manual_seed(config.seed)
     model = build_model(config).to(device, memory_format=machine.choose_layout(device, precision))
     ema = deepcopy(model).eval().requires_grad_(False)  # the moving average of its weights, which makes the samples
-    # The learning rate, and each new weight's share in the average: a recorded step reads them where they lie.
+    # The learning rate and each new weight's share in the average are set before each step. They are tensors, because a
+    # GPU repeats the step from a recording (`record` below), in which plain numbers would never change; `capturable`
+    # lets Adam's own step be part of it.
     rate, share = torch.zeros(2, device=device)
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True, capturable=device.type == "cuda")
-    # Run takes over the folder and loads a checkpoint's states; the optimizer keeps `rate`, the tensor above.
+    # Run takes over the folder, and loads the states of a checkpoint; the optimizer's learning rate stays `rate`.
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     run = Run(folder, config, parts, [len(images), len(test_images)], checkpoint)
     parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model  # averages the ranks' gradients
@@ -100,8 +102,9 @@ def draw(model, images, precision, run):
     high_res, low_res, context = make_pair(images, config.low_res_size)  # [64, C, H or h, W or w]
     generators = [torch.Generator().manual_seed(number) for number in range(len(images))]
     with machine.autocast(images.device, precision):
-        states = list(model.refine(context, config.sampling_steps, generators))  # (y_s, ŷ_0), [64, C, H, W] each
-    truth, small, result = (to_unit(grid).cpu() for grid in (high_res, low_res, states[-1][0]))
+        # Two tuples, with an element for each step, [64, C, H, W]: what it arrived at, and its ŷ_0.
+        results, estimates = zip(*model.refine(context, config.sampling_steps, generators))
+    truth, small, result = (to_unit(grid).cpu() for grid in (high_res, low_res, results[-1]))
     pixels = upsample(small, config.image_size, "nearest-exact")  # [64, C, H, W], of h × w visible squares
     for name, grid in (("hr", truth), ("lr", pixels), ("sr", result)):
         picture_of(grid, columns=8).save(run.folder / f"{name}-{step:06d}.png")
@@ -110,12 +113,12 @@ def draw(model, images, precision, run):
     columns = {"input": pixels[:8]}
     if config.method == "sr3":
         levels = model.levels(config.sampling_steps)
-        for i in range(0, len(states), math.ceil(len(states) / 6)):
-            columns[f"gamma\n{levels[i]:.2g}"] = to_unit(states[i][1][:8]).cpu()
+        for i in range(0, len(estimates), math.ceil(len(estimates) / 6)):
+            columns[f"gamma\n{levels[i]:.2g}"] = to_unit(estimates[i][:8]).cpu()
     columns |= {"result": result[:8], "truth": truth[:8]}
     picture_of_columns(columns).save(run.folder / f"refinement-{step:06d}.png")
 
-    # Of the same eight, the results so far, which a checkpoint keeps; each column has at least twice the steps.
+    # Of the same eight, the results so far, which a checkpoint keeps. From column to column the steps at least double.
     run.samples[step] = (255 * result[:8]).round().byte()
     chosen = [step]
     for earlier in sorted(run.samples, reverse=True):

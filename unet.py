@@ -1,4 +1,4 @@
-"""The U-Net U(x, y_t, γ): DDPM's, made smaller, with the changes of the paper's section 2.4, and ours where it says so.
+"""The U-Net U(x, y_t, γ): DDPM's, made smaller, with changes of the paper's section 2.4, and ours where it says so.
 
 It sees the low-resolution image x, enlarged to the target size, beside the noisy image y_t, and is told the noise level
 γ. That level is all it knows of diffusion: what its output means is decided in sr3.py. Blocks first, then the U, which
@@ -84,10 +84,11 @@ class UNet(nn.Module):
     """U(x, y_t, γ): x and y_t [B, C, H, W] and γ [B] in [0, 1] -> [B, C, H, W].
 
     Scale i of the U, counted from 0, works at H / 2^i with features · channel_multipliers[i] channels. Each half has
-    `blocks_per_level` stages on every scale (here, "level" means scale); the output of a stage on the way down is
-    concatenated to the input of its mirror image on the way up. In stages whose resolution is in
-    `attention_resolutions`, self-attention follows the residual block. C is `image_channels`; `image_size` is H and W.
-    Raises ValueError, which says what to give instead, for sizes that don't fit together.
+    `blocks_per_level` stages on every scale (here, "level" means scale), and another is in the middle. Between two
+    scales, a residual block by itself resamples. The output of a stage on the way down is concatenated to the input of
+    its mirror image on the way up. In stages whose resolution is in `attention_resolutions`, self-attention follows the
+    residual block. C is `image_channels`; `image_size` is H and W. Raises ValueError, which says what to give instead,
+    for sizes that don't fit together.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class UNet(nn.Module):
         phases = rearrange(angle, "b -> b 1") * self.frequencies
         embedding = self.embed(torch.cat([phases.sin(), phases.cos()], dim=1))  # [B, embedding_dim]
 
+        # Down and up again. Stages hand their outputs across; the blocks that resample do not.
         h = self.conv_in(torch.cat([x, y_t], dim=1))  # [B, 2C, H, W] -> [B, widths[0], H, W]
         skips = []
         for layer in self.down:

@@ -1,6 +1,6 @@
 """What the scripts share: the pair (y_0, x) that is made from a picture, models, and pictures to look at.
 
-Images that go into a model are in [-1, 1]; pictures, what metrics take and what `super_resolve` gives are in [0, 1].
+Images that go into a model are in [-1, 1]; those to look at or to measure, and those of `super_resolve`, in [0, 1].
 """
 
 from itertools import islice
@@ -26,7 +26,7 @@ def make_pair(images, low_res_size):
     """Makes y_0 [B, C, H, W], the low-resolution image [B, C, h, w] and x [B, C, H, W], all in [-1, 1].
 
     `images` are uint8 in 0…255; h and w are `low_res_size`. Both resamplings are clamped where they overshoot, so x
-    stays within a picture's range.
+    stays in this range.
     """
     high_res = to_signed(images)
     low_res = downsample(high_res, low_res_size)
@@ -89,8 +89,8 @@ def super_resolve(model, low_res, seeds, steps=None):
     """Samples for low-resolution images, [N, C, h, w] in [-1, 1]: [N, C, H, W] in [0, 1], rounded to 8 bits.
 
     `model` is from `load_model`; x is made here. Image i's noise depends on `seeds[i]` only. `steps` are the refinement
-    steps, the checkpoint's own if None. Raises ValueError for images of a size other than the model
-    was trained for, and unless there is a seed for each.
+    steps, the checkpoint's own if None. Raises ValueError unless the images have the size that the model was trained
+    for, and a seed each.
     """
     config, device, side = model.config, low_res.device, model.config.low_res_size
     if low_res.shape != (len(seeds), config.channels, side, side):

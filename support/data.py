@@ -29,9 +29,9 @@ ENDINGS = (*Image.registered_extensions(), *".avif .dng .heic .heif .jxl .svg".s
 def load_data(config, data_dir, or_digits=False):
     """The training set and the test set: uint8 [N, channels, image_size, image_size] in 0…255 and labels, int64 [N].
 
-    "mnist", "fashion_mnist" and "cifar10" are downloaded into `data_dir` where they are missing there. "folder" is all
-    pictures below `data_dir`; their labels are None. "digits" are drawn. With `or_digits`, for a new run, they also
-    stand in for MNIST that can't be had: a loud warning and `config.dataset` say so. Else that raises InputError.
+    Those of DOWNLOADS are downloaded into `data_dir` where they are missing there. "folder" is all pictures below
+    `data_dir`; their labels are None. "digits" are drawn. With `or_digits`, for a new run, they also stand in for MNIST
+    that can't be had: a loud warning and `config.dataset` say so. Else that raises InputError.
     """
     if config.dataset == "folder":
         return load_folder(config, Path(data_dir))
@@ -48,7 +48,7 @@ def load_data(config, data_dir, or_digits=False):
 
 
 def load_download(config, data_dir, train):
-    """`load_data` for one half of MNIST, Fashion-MNIST or CIFAR-10."""
+    """`load_data` for one half of a data set of DOWNLOADS."""
     if config.dataset not in DOWNLOADS:
         raise InputError(f"dataset is {config.dataset!r}: it must be folder, digits or one of {', '.join(DOWNLOADS)}")
     kind, folder, files = DOWNLOADS[config.dataset]

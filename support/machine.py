@@ -50,7 +50,7 @@ def choose_precision(name, device):
 
 
 def choose_layout(device, precision):
-    """The memory layout of weights, which activations follow: channels last, but where that is slower."""
+    """The memory layout of weights, which activations follow: channels last, except where that is slower."""
     slower = device.type == "mps" or (device.type == "cpu" and precision == "bfloat16")
     return torch.contiguous_format if slower else torch.channels_last
 

@@ -1,6 +1,7 @@
 """The settings of a run: configs/mnist.toml lists and explains them, and each is a flag of train_mnist.py.
 
-To add a setting, add a line to mnist.toml: its value there is its default and its type, its comment is its --help.
+To add a setting, add a line to mnist.toml: its value there is its default and its type (a number, a text or a list of
+whole numbers), its comment is its --help. CHOICES and ABOVE, below, say which values it may have.
 """
 
 import re
