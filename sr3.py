@@ -98,7 +98,7 @@ class SR3(nn.Module):
 
     @torch.no_grad()
     def refine(self, context: Tensor, steps: int, generators: Generators = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the y_s that it leads to and the ŷ_0 at its start.
+        """Algorithm 2 for x, [B, C, H, W]: yields, for each step, the image that it leads to and the ŷ_0 at its start.
 
         A step leads from γ_t to γ_s, the next of the chosen levels, where the paper has t - 1. The last y_s is y_0, the
         image, in [-1, 1]. Besides f_θ, four things are ours: which levels there are; the clamp in `estimate`;
@@ -115,7 +115,7 @@ class SR3(nn.Module):
             y_t = mean + variance**0.5 * z  # line 4: this is y_s, and the next step's y_t
             yield y_t, y_0_hat
             earlier = y_0_hat, gamma_t
-        # Line 5 ends the loop, and line 6 is `sample`.
+        # Line 6 is `sample`.
 
     def estimate(self, context: Tensor, y_t: Tensor, gamma_t: float) -> Tensor:
         """Equation (10): ŷ_0, the image that y_t and its predicted noise amount to, clamped to y_0's range, [-1, 1]."""

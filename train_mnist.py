@@ -84,7 +84,7 @@ def main(arguments=None):
         return loss.detach()
 
     training_step = machine.record(training_step, device, ranks)  # on one GPU a CUDA graph, elsewhere unchanged
-    for step in run.steps():  # lines 1 and 6: from step 1, or where a resumed run stopped, to num_training_steps
+    for step in run.steps():  # repeats lines 2 to 5: from step 1, or from where a resumed run stopped, to the last
         torch.manual_seed(1_000_000 * config.seed + ranks * step + rank)  # a resumed run draws as an unbroken one
         rate.fill_(config.learning_rate * min(1, step / max(1, config.warmup_steps)))
         share.fill_(9 / (10 + step))  # so the averaged weights' mean age is a tenth of the steps so far

@@ -1,6 +1,6 @@
 """What the scripts share: the pair (y_0, x) that is made from a picture, models, and pictures to look at.
 
-Images that go into a model are in [-1, 1]; those to look at or to measure, and those of `super_resolve`, in [0, 1].
+Images that go into a model are in [-1, 1]; those to look at or to measure, and the samples of `super_resolve`, in [0, 1].
 """
 
 from itertools import islice
@@ -19,7 +19,7 @@ from support.run import load_checkpoint
 from support.settings import DEFAULTS, check
 from unet import UNet
 
-# The pair (y_0, x): the context x is made from y_0, by way of low_res (section 2.4) -----------------------------------
+# The pair (y_0, x): the context x is made from y_0, by way of low_res -------------------------------------------------
 
 
 def make_pair(images, low_res_size):
@@ -67,7 +67,7 @@ def build_model(config):
             return Regression(unet)
         return SR3(unet, config.num_timesteps, config.beta_start, config.beta_end, config.loss_weight)
     except ValueError as error:
-        if error.__traceback__.tb_next.tb_next:  # raised deeper than by a constructor itself: a bug
+        if error.__traceback__.tb_next.tb_next:  # raised not by a constructor but deeper: a bug
             raise
         raise InputError(error) from None
 
@@ -111,7 +111,7 @@ def super_resolve(model, low_res, seeds, steps=None):
 
 
 def picture_of(images, columns, scale=2, labels=None):
-    """[N, C, H, W] in [0, 1] as one picture in `columns` columns, labelled; each pixel is drawn scale × scale."""
+    """[N, C, H, W] in [0, 1], N > 1, as one picture in `columns` columns, labelled; a pixel is drawn scale × scale."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=0.5)
     picture = to_pil_image((255 * grid).round().byte())  # rows · (H + 2) + 2 by columns · (W + 2) + 2 pixels
     picture = picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)

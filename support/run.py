@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
@@ -92,19 +93,15 @@ class Run:
 
     def steps(self):
         """The steps that are left, with a bar. Ctrl-C, SIGTERM and SIGHUP are left to `after`, which saves and ends."""
-        handlers = {}
-        for number in STOPPING:
-            # Under nohup SIGHUP is ignored, and stays so. Several ranks would stop after different steps.
-            if signal.getsignal(number) != signal.SIG_IGN and not dist.is_initialized():
-                handlers[number] = signal.signal(number, self.receive)
         last = self.config.num_training_steps
         self.bar = tqdm(range(self.step + 1, last + 1), initial=self.step, total=last, disable=not self.is_first)
-        try:
+        with ExitStack() as at_the_end:  # the handlers of before are back in their places
+            for number in STOPPING:
+                # Under nohup SIGHUP is ignored, and stays so. Several ranks would stop after different steps.
+                if signal.getsignal(number) != signal.SIG_IGN and not dist.is_initialized():
+                    at_the_end.callback(signal.signal, number, signal.signal(number, self.receive))
             for self.step in self.bar:
                 yield self.step
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         print(f"all {self.step} steps are done; to judge the model: python evaluate.py {self.folder / 'checkpoint.pt'}")
 
     def receive(self, number, _):
