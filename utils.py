@@ -89,8 +89,8 @@ def super_resolve(model, low_res, seeds, steps=None):
     """Samples for low-resolution images, [N, C, h, w] in [-1, 1]: [N, C, H, W] in [0, 1], rounded to 8 bits.
 
     `model` is from `load_model`; x is made here. Image i's noise depends on `seeds[i]` only. `steps` are the refinement
-    steps, the checkpoint's own if None. Raises ValueError unless the images have the size that the model was trained
-    for, and a seed each.
+    steps, the checkpoint's own if None. Raises ValueError for `steps` out of range, and unless the images have the
+    size that the model was trained for, and a seed each.
     """
     config, device, side = model.config, low_res.device, model.config.low_res_size
     if low_res.shape != (len(seeds), config.channels, side, side):
