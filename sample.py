@@ -40,7 +40,7 @@ def main(arguments=None):
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that can compute")
     flags = parser.parse_intermixed_args(arguments)  # pictures may follow flags
     output = Path(flags.output)
-    if output.suffix != ".png":
+    if output.suffix.lower() != ".png":
         raise InputError(f"--output is {output}: its name must end in .png")
     device = choose_device(flags.device)
     model = load_model(flags.checkpoint, device)
@@ -52,7 +52,11 @@ def main(arguments=None):
     # Each image is uint8, [1, C, side, side]; they differ in side.
     images = [read_image(path, config, flags.as_is) for path in flags.pictures]
     images = images or draw_digits(8, config.image_size, config.channels, flags.seed)[0].split(1)
-    low_res = torch.cat([downsample(to_signed(image), config.low_res_size) for image in images])  # [N, C, h, w]
+
+    def shrunk(size):
+        return torch.cat([downsample(to_signed(image), size) for image in images])  # [N, C, size, size]
+
+    low_res = shrunk(config.low_res_size)  # [N, C, h, w]
 
     # A regression has one answer.
     names = [f"sample {j + 1}" for j in range(flags.num_samples)] if config.method == "sr3" else ["regression"]
@@ -65,7 +69,7 @@ def main(arguments=None):
     }
     columns |= zip(names, samples.split(len(images)))  # [N, C, H, W] each
     if all(image.shape[-1] > config.low_res_size for image in images):
-        columns["original"] = to_unit(torch.cat([downsample(to_signed(image), config.image_size) for image in images]))
+        columns["original"] = to_unit(shrunk(config.image_size))
     picture_of_columns(columns, scale=3).save(output)
     print(f"{output}: {len(images)} × {len(names)} samples, seed {flags.seed}")
 

@@ -23,7 +23,7 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
-    """A residual block as in BigGAN, which also resamples. Section 2.4 rescales its skip connection by 1/√2; here, the sum.
+    """A residual block as in BigGAN, which also resamples. The 1/√2 of section 2.4 rescales the sum of skip and branch.
 
     GroupNorm, SiLU, 3×3 convolution, twice: [B, in_channels, H, W] -> [B, out_channels, H', W'], where H' is H, or
     H / 2 (`resample="down"`), or 2 H (`"up"`). The noise level, embedded as [B, embedding_dim], scales and shifts the

@@ -1,6 +1,7 @@
 """What the scripts share: the pair (y_0, x) that is made from a picture, models, and pictures to look at.
 
-Images that go into a model are in [-1, 1]; those to look at or to measure, and the samples of `super_resolve`, in [0, 1].
+Images that go into a model are in [-1, 1]. Those to look at or to measure, as `super_resolve` returns them, are in
+[0, 1].
 """
 
 from itertools import islice

@@ -23,7 +23,7 @@ DOWNLOADS = {  # torchvision's class, the folder of its files below --data_dir, 
     "cifar10": (datasets.CIFAR10, ".", "cifar-10-python.tar.gz"),
 }
 # The last six, which few versions of Pillow read, are tried nevertheless, so that they are named.
-ENDINGS = (*Image.registered_extensions(), *".avif .dng .heic .heif .jxl .svg".split())
+ENDINGS = (*Image.registered_extensions(), ".avif", ".dng", ".heic", ".heif", ".jxl", ".svg")
 
 
 def load_data(config, data_dir, or_digits=False):
@@ -44,7 +44,7 @@ def load_data(config, data_dir, or_digits=False):
             print(f"\n!!! WARNING: {error}.\n!!! GOING ON WITH DRAWN DIGITS INSTEAD.\n", file=sys.stderr)
             config.dataset = "digits"
     shape = config.image_size, config.channels
-    return draw_digits(60_000, *shape, 0), draw_digits(10_000, *shape, 1)  # the last one is the seed
+    return draw_digits(60_000, *shape, seed=0), draw_digits(10_000, *shape, seed=1)
 
 
 def load_download(config, data_dir, train):

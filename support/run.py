@@ -95,7 +95,7 @@ class Run:
         """The steps that are left, with a bar. Ctrl-C, SIGTERM and SIGHUP are left to `after`, which saves and ends."""
         last = self.config.num_training_steps
         self.bar = tqdm(range(self.step + 1, last + 1), initial=self.step, total=last, disable=not self.is_first)
-        with ExitStack() as at_the_end:  # the handlers of before are back in their places
+        with ExitStack() as at_the_end:  # puts the handlers of before back
             for number in STOPPING:
                 # Under nohup SIGHUP is ignored, and stays so. Several ranks would stop after different steps.
                 if signal.getsignal(number) != signal.SIG_IGN and not dist.is_initialized():

@@ -226,7 +226,7 @@ REFUSED = {
     "--steps 3": "unrecognized arguments: --steps 3",
     "--features 12": "features 12: give a multiple of 8 and attention_heads 2",
     "--num_timesteps 100": "num_timesteps 100: γ_T is 0.61",
-    "--dataset imagenet": "dataset is 'imagenet': it must be folder, digits or one of mnist",
+    "--dataset imagenet": "dataset is 'imagenet': it must be folder, digits or one of mnist, fashion_mnist, cifar10",
     "--device toaster": "device toaster can't compute here",
     "--config_path no.toml": "no.toml",
     "--config_path damaged/checkpoint.pt": "damaged/checkpoint.pt is not valid TOML",
